@@ -1,0 +1,51 @@
+"""Fused LoRA layers for PyTorch: a drop-in for loralib that trains faster in less memory.
+
+>>> import fastlora as lora
+>>> layer = lora.Linear(768, 768, r=8, lora_alpha=16)
+"""
+
+from fastlora import adapters, functional
+from fastlora.backends import use_backend
+from fastlora.injection import Report, inject
+from fastlora.layers import (
+    Conv1d,
+    Conv2d,
+    Conv3d,
+    ConvLoRA,
+    Embedding,
+    Linear,
+    LoRALayer,
+    MergedLinear,
+)
+from fastlora.merge import MergeError
+from fastlora.models import (
+    explain,
+    lora_state_dict,
+    mark_only_lora_as_trainable,
+    merged,
+    switch,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvLoRA",
+    "Embedding",
+    "Linear",
+    "LoRALayer",
+    "MergeError",
+    "MergedLinear",
+    "Report",
+    "adapters",
+    "explain",
+    "functional",
+    "inject",
+    "lora_state_dict",
+    "mark_only_lora_as_trainable",
+    "merged",
+    "switch",
+    "use_backend",
+]

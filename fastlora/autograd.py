@@ -1,0 +1,248 @@
+"""The autograd Functions: the one place that knows what is saved for backward.
+
+Saved: X itself (an alias), S, the packed mask and the parameters. Nothing else, and nothing of the
+weight's size but the weight.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from fastlora.backends import Backend, reference, reference_conv, reference_embedding
+from fastlora.blocks import Blocks
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """What a call of :class:`LoRALinear` knows besides its tensors.
+
+    Args:
+        c: ``scaling / (1 - p)``, a number or a 0-d tensor.
+        t: Dropout threshold, ``round(p * 65536)``.
+        blocks: Layout of the output.
+        backend: Whose stages to run.
+    """
+
+    c: float | Tensor
+    t: int
+    blocks: Blocks
+    backend: Backend
+
+
+class LoRALinear(torch.autograd.Function):
+    """``Y = X Wᵀ + bias + S_g B_gᵀ`` with ``S = c * (m∘X) Aᵀ``; X is (M, K).
+
+    W may be of another dtype than X (autocast): it is cast for the product, here and again in
+    backward, so that no copy of it is kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        X: Tensor,
+        W: Tensor,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        spec: LinearSpec,
+    ) -> Tensor:
+        need_X, need_W, need_A, need_B, *_ = ctx.needs_input_grad
+        S, mask = spec.backend.shrink(X, A, spec.c, spec.t, seed)
+        Y = spec.backend.expand(X, W.to(X.dtype), bias, S, B, spec.blocks)
+        ctx.spec = spec
+        ctx.save_for_backward(
+            X if need_A or need_W else None,
+            W if need_X else None,
+            A if need_X or need_A else None,
+            B,
+            S if need_B else None,
+            mask if need_X or need_A else None,
+        )
+        return Y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dY: Tensor) -> tuple[Tensor | None, ...]:
+        X, W, A, B, S, mask = ctx.saved_tensors
+        need_X, need_W, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
+        spec, backend = ctx.spec, ctx.spec.backend
+        dX = dW = dA = dS = dB = None
+        if need_X or need_A or need_B:
+            dS, dB = backend.grad_expand(
+                dY, S, B, spec.c, spec.blocks, need_dS=need_X or need_A, need_dB=need_B
+            )
+        if need_A:
+            dA = backend.grad_shrink(dS, X, mask, A)
+        if need_X:
+            dX = backend.grad_input(dY, W.to(dY.dtype), dS, A, mask)
+        if need_W:
+            dW = dY.t() @ X
+        dbias = dY.sum(0) if need_bias else None
+        return dX, dW, dA, dB, dbias, None, None
+
+
+@dataclass(frozen=True)
+class EmbeddingSpec:
+    """What a call of :class:`LoRAEmbedding` knows besides its tensors; as in ``F.embedding``."""
+
+    scaling: float | Tensor
+    padding_idx: int
+    scale_grad_by_freq: bool
+
+
+class LoRAEmbedding(torch.autograd.Function):
+    """``Y = W[index] + S Bᵀ`` with ``S = scaling * A[:, index]ᵀ``; index is (M,)."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, index: Tensor, W: Tensor, A: Tensor, B: Tensor, spec: EmbeddingSpec
+    ) -> Tensor:
+        S = reference_embedding.shrink(index, A, spec.scaling, W.dtype)
+        ctx.spec, ctx.V, ctx.dtype_A = spec, W.shape[0], A.dtype
+        ctx.save_for_backward(index, B, S if ctx.needs_input_grad[3] else None)
+        return reference_embedding.expand(index, W, S, B)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dY: Tensor) -> tuple[Tensor | None, ...]:
+        index, B, S = ctx.saved_tensors
+        _, need_W, need_A, need_B, _ = ctx.needs_input_grad
+        spec = ctx.spec
+        dW = dA = None
+        dS, dB = reference.grad_expand(
+            dY, S, B, spec.scaling, Blocks.single(B.shape[0]), need_dS=need_A, need_dB=need_B
+        )
+        options = (ctx.V, spec.padding_idx, spec.scale_grad_by_freq)
+        if need_A:
+            dA = reference_embedding.scatter(index, dS, *options).t().to(ctx.dtype_A)
+        if need_W:
+            dW = reference_embedding.scatter(index, dY, *options)
+        return None, dW, dA, dB, None
+
+
+@dataclass(frozen=True)
+class ConvSpec:
+    """What a call of :class:`LoRAConv` or :class:`DenseLoRAConv` knows besides its tensors."""
+
+    c: float | Tensor
+    t: int
+    at: reference_conv.Geometry
+
+
+class LoRAConv(torch.autograd.Function):
+    """``Y = conv(X, W) + bias + B S`` with ``S = c * conv(m∘X, A)``; B is (O, r)."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        X: Tensor,
+        W: Tensor,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        spec: ConvSpec,
+    ) -> Tensor:
+        need_X, need_W, need_A, need_B, *_ = ctx.needs_input_grad
+        mask = reference_conv.draw_mask(X, spec.t, seed, spec.at)
+        S = reference_conv.shrink(X, A, spec.c, mask, spec.at)
+        ctx.spec, ctx.shape = spec, X.shape
+        ctx.save_for_backward(
+            X if need_A or need_W else None,
+            W if need_X or need_W else None,
+            A if need_X or need_A else None,
+            B,
+            S if need_B else None,
+            mask if need_X or need_A else None,
+        )
+        return reference_conv.expand(X, W.to(X.dtype), bias, S, B, spec.at)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dY: Tensor) -> tuple[Tensor | None, ...]:
+        X, W, A, B, S, mask = ctx.saved_tensors
+        need_X, need_W, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
+        spec, at = ctx.spec, ctx.spec.at
+        dX = dW = dA = dS = dB = None
+        if need_X or need_A or need_B:
+            dS, dB = reference_conv.grad_expand(
+                dY, S, B, spec.c, at, need_dS=need_X or need_A, need_dB=need_B
+            )
+        if need_A:
+            dA = reference_conv.grad_shrink(dS, X, mask, A, at)
+        if need_X:
+            dX = reference_conv.grad_input(dY, W.to(dY.dtype), dS, A, mask, ctx.shape, at)
+        if need_W:
+            dW = reference_conv.conv_weight_grad(dY, X, W.shape, at)
+        return dX, dW, dA, dB, _channel_sum(dY) if need_bias else None, None, None
+
+
+class DenseLoRAConv(torch.autograd.Function):
+    """``Y = conv(X, W) + bias + c * conv(m∘X, B A)``, the product reshaped to W: loralib's factors.
+
+    Their product is no pair of convolutions, so it is formed; it is formed anew in backward
+    rather than kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        X: Tensor,
+        W: Tensor,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        spec: ConvSpec,
+    ) -> Tensor:
+        at = spec.at
+        mask = reference_conv.draw_mask(X, spec.t, seed, at)
+        ctx.spec, ctx.shape = spec, X.shape
+        need_X, need_W, need_A, need_B, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(X if need_W or need_A or need_B else None, W, A, B, mask)
+        delta = _dense_delta(A, B, spec.c, W.shape)
+        if mask is None:
+            return reference_conv.conv(X, (W + delta).to(X.dtype), bias, at)
+        Y = reference_conv.conv(X, W.to(X.dtype), bias, at)
+        return Y.add_(
+            reference_conv.conv(reference_conv.keep(X, mask, at), delta.to(X.dtype), None, at)
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, dY: Tensor) -> tuple[Tensor | None, ...]:
+        X, W, A, B, mask = ctx.saved_tensors
+        need_X, need_W, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
+        spec, at = ctx.spec, ctx.spec.at
+        dX = dW = dA = dB = None
+        if need_X:
+            delta = _dense_delta(A, B, spec.c, W.shape)
+            if mask is None:
+                whole = (W + delta).to(dY.dtype)
+                dX = reference_conv.conv_input_grad(dY, whole, ctx.shape, at)
+            else:
+                dX = reference_conv.conv_input_grad(dY, W.to(dY.dtype), ctx.shape, at)
+                through_delta = reference_conv.conv_input_grad(
+                    dY, delta.to(dY.dtype), ctx.shape, at
+                )
+                dX += reference_conv.keep(through_delta, mask, at)
+        if need_A or need_B:
+            kept = reference_conv.keep(X, mask, at)
+            d_delta = reference_conv.conv_weight_grad(dY, kept, W.shape, at)
+            d_delta = d_delta.reshape(B.shape[0], A.shape[1]).to(A.dtype) * spec.c
+            dA = B.t() @ d_delta if need_A else None
+            dB = d_delta @ A.t() if need_B else None
+        if need_W:
+            dW = reference_conv.conv_weight_grad(dY, X, W.shape, at)
+        return dX, dW, dA, dB, _channel_sum(dY) if need_bias else None, None, None
+
+
+def _dense_delta(A: Tensor, B: Tensor, c: float | Tensor, shape: torch.Size) -> Tensor:
+    return (B @ A).mul_(c).view(shape)
+
+
+def _channel_sum(dY: Tensor) -> Tensor:
+    return dY.sum([d for d in range(dY.dim()) if d != 1])

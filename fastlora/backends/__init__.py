@@ -1,0 +1,114 @@
+"""The compute backends: what a backend is, which are usable here, and how one is chosen.
+
+Every backend has the same stages under the same names; ``reference`` holds their documentation.
+A backend is a module of this folder; nothing is decided or probed at import.
+"""
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol, cast
+
+from torch import Tensor
+
+from fastlora.backends import reference
+from fastlora.blocks import Blocks
+
+NAMES = ("reference", "native", "triton")
+
+
+class Backend(Protocol):
+    """The stages of a LoRA linear layer, forward and backward, on 2-D tensors.
+
+    See :mod:`fastlora.backends.reference` for shapes and dtypes, ``docs/math.md`` for the maths.
+    """
+
+    name: str
+
+    def why_not(self) -> str | None: ...
+
+    def shrink(
+        self, X: Tensor, A: Tensor, c: float | Tensor, t: int, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+    def expand(
+        self, X: Tensor, W: Tensor, bias: Tensor | None, S: Tensor, B: Tensor, blocks: Blocks
+    ) -> Tensor: ...
+
+    def grad_expand(
+        self,
+        dY: Tensor,
+        S: Tensor | None,
+        B: Tensor,
+        c: float | Tensor,
+        blocks: Blocks,
+        need_dS: bool,
+        need_dB: bool,
+    ) -> tuple[Tensor | None, Tensor | None]: ...
+
+    def grad_shrink(self, dS: Tensor, X: Tensor, mask: Tensor | None, A: Tensor) -> Tensor: ...
+
+    def grad_input(
+        self, dY: Tensor, W: Tensor, dS: Tensor | None, A: Tensor, mask: Tensor | None
+    ) -> Tensor: ...
+
+    def delta(self, A: Tensor, B: Tensor, scaling: float | Tensor, blocks: Blocks) -> Tensor: ...
+
+
+_requested: ContextVar[str] = ContextVar("fastlora_backend", default="auto")
+
+
+def available() -> dict[str, str | None]:
+    """Each backend's name with None where it is usable here, else the reason why it is not."""
+    return {name: _load(name)[1] for name in NAMES}
+
+
+def select(name: str = "auto") -> Backend:
+    """The backend called ``name``; "auto" takes that of :func:`use_backend`, or the best usable one.
+
+    Raises:
+        ValueError: unknown name, or a backend that is not usable here.
+    """
+    if name == "auto":
+        name = _requested.get()
+    return reference_backend if name == "auto" else _named(name)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block, layers and functions with ``backend="auto"`` run on backend ``name``.
+
+    Raises:
+        ValueError: unknown name, or a backend that is not usable here.
+    """
+    if name != "auto":
+        _named(name)
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def _load(name: str) -> tuple[Backend | None, str | None]:
+    try:
+        backend = cast(Backend, importlib.import_module(f"fastlora.backends.{name}"))
+    except ModuleNotFoundError as error:
+        if error.name == f"fastlora.backends.{name}":
+            return None, "not part of this version of fastlora"
+        return None, f"needs the package {error.name!r}, which is not installed"
+    reason = backend.why_not()
+    return (backend if reason is None else None), reason
+
+
+def _named(name: str) -> Backend:
+    if name not in NAMES:
+        raise ValueError(f"backend: got {name!r}, expected 'auto' or one of {', '.join(NAMES)}")
+    backend, reason = _load(name)
+    if backend is None:
+        raise ValueError(f"backend: {name!r} is not usable here: {reason}")
+    return backend
+
+
+reference_backend = cast(Backend, reference)

@@ -1,0 +1,179 @@
+"""The stages in plain PyTorch: the truth every other backend is held to, and the path that always works.
+
+Order of operations: the LoRA delta is written first and the base product is added in place
+(``addmm_``), so the sum is rounded once. Thin products run over blocks of rows: a block of X (or
+dY) is read once, widened to the accumulation dtype and masked in cache, so that neither a dropped
+nor a widened copy of X ever exists.
+
+Sizes: M tokens, K in_features, N out_features, R = G * r. See ``docs/math.md``.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastlora import dropout
+from fastlora.blocks import Blocks
+
+name = "reference"
+
+# elements of a row block: 1 MiB in fp32, about what a core's cache holds
+_BLOCK_ELEMENTS = 1 << 18
+
+
+def why_not() -> str | None:
+    """None: this backend is usable everywhere PyTorch is."""
+    return None
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype sums over ``dtype`` are kept in: fp32, or fp64 for fp64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def row_blocks(M: int, width: int) -> Iterator[slice]:
+    """Slices of M rows, each few enough that ``width`` elements of every row fit in cache."""
+    # a compiler does its own blocking, and would unroll this loop
+    rows = M if torch.compiler.is_compiling() else max(1, _BLOCK_ELEMENTS // max(width, 1))
+    for first in range(0, M, max(rows, 1)):
+        yield slice(first, min(first + rows, M))
+
+
+def _keep(X: Tensor, mask: Tensor | None, rows: slice) -> Tensor:
+    """m∘X for a block of rows of the mask; X is that block already."""
+    if mask is None:
+        return X
+    return X.where(dropout.unpack_mask(mask[rows], X.shape[1]), X.new_zeros(()))
+
+
+def shrink(
+    X: Tensor, A: Tensor, c: float | Tensor, t: int, seed: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """``S = c * (m∘X) Aᵀ``.
+
+    Args:
+        X: (M, K).
+        A: (R, K).
+        c: ``scaling / (1 - p)``.
+        t: Dropout threshold; 0 draws no mask.
+        seed: Mask seed, needed where ``t > 0``.
+
+    Returns:
+        S (M, R) in the accumulation dtype, and the packed mask (None where ``t == 0``).
+    """
+    M, K = X.shape
+    At = A.to(accumulation_dtype(X.dtype)).t()
+    S = At.new_empty(M, A.shape[0])
+    mask = X.new_empty((M, dropout.mask_bytes(K)), dtype=torch.uint8) if t else None
+    for rows in row_blocks(M, K):
+        if mask is not None and seed is not None:
+            mask[rows] = dropout.draw_mask(seed, rows.stop - rows.start, K, t, rows.start)
+        S[rows] = _keep(X[rows].to(At.dtype), mask, rows) @ At
+    return S.mul_(c), mask
+
+
+def expand(
+    X: Tensor, W: Tensor, bias: Tensor | None, S: Tensor, B: Tensor, blocks: Blocks
+) -> Tensor:
+    """``Y = X Wᵀ + bias + S_g B_gᵀ``, the last term on the features of adapted block g.
+
+    Args:
+        X: (M, K).
+        W: (N, K).
+        bias: (N,) or None.
+        S: (M, R), accumulation dtype.
+        B: Factor rows of the adapted blocks, stacked, (n, r).
+        blocks: Layout of the output.
+
+    Returns:
+        Y (M, N), dtype of X.
+    """
+    M, N = X.shape[0], W.shape[0]
+    Y = X.new_empty(M, N)
+    if bias is not None:
+        Y.copy_(bias)
+    elif blocks.adapted_features < N:
+        Y.zero_()
+    r = B.shape[1]
+    for g in range(blocks.count):
+        S_g = S[:, g * r : (g + 1) * r]
+        B_g = B[blocks.rows_of_B(g)].to(S.dtype).t()
+        for rows in row_blocks(M, B_g.shape[1]):
+            Y_g = blocks.output(Y[rows], g)
+            delta = (S_g[rows] @ B_g).view(Y_g.shape)
+            Y_g.copy_(delta if bias is None else delta.add_(blocks.output(bias, g)))
+    return Y.addmm_(X, W.t())
+
+
+def grad_expand(
+    dY: Tensor,
+    S: Tensor | None,
+    B: Tensor,
+    c: float | Tensor,
+    blocks: Blocks,
+    need_dS: bool,
+    need_dB: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """``dS = c * dY_g B_g`` and ``dB_g = dY_gᵀ S_g``, from one read of dY.
+
+    Args:
+        dY: (M, N).
+        S: (M, R); may be None where ``need_dB`` is False.
+        B: (n, r).
+        c: ``scaling / (1 - p)``.
+        blocks: Layout of the output.
+        need_dS: Compute dS.
+        need_dB: Compute dB.
+
+    Returns:
+        dS (M, R) in the accumulation dtype and dB in the dtype of B; None where not asked for.
+    """
+    M, r = dY.shape[0], B.shape[1]
+    wide = accumulation_dtype(dY.dtype)
+    dS = dY.new_empty((M, blocks.count * r), dtype=wide) if need_dS else None
+    dB = torch.zeros_like(B, dtype=wide) if need_dB else None
+    for g in range(blocks.count):
+        of_g = slice(g * r, (g + 1) * r)
+        B_g = B[blocks.rows_of_B(g)].to(wide)
+        for rows in row_blocks(M, B_g.shape[0]):
+            dY_g = blocks.output(dY[rows], g).flatten(1).to(wide)
+            if dS is not None:
+                dS[rows, of_g] = dY_g @ B_g
+            if dB is not None and S is not None:
+                dB[blocks.rows_of_B(g)].addmm_(dY_g.t(), S[rows, of_g])
+    return (
+        None if dS is None else dS.mul_(c),
+        None if dB is None else dB.to(B.dtype),
+    )
+
+
+def grad_shrink(dS: Tensor, X: Tensor, mask: Tensor | None, A: Tensor) -> Tensor:
+    """``dA = dSᵀ (m∘X)``: (R, K), dtype of A, from dS (M, R), X (M, K) and the packed mask."""
+    dA = torch.zeros_like(A, dtype=dS.dtype)
+    for rows in row_blocks(*X.shape):
+        dA.addmm_(dS[rows].t(), _keep(X[rows].to(dS.dtype), mask, rows))
+    return dA.to(A.dtype)
+
+
+def grad_input(
+    dY: Tensor, W: Tensor, dS: Tensor | None, A: Tensor, mask: Tensor | None
+) -> Tensor:
+    """``dX = dY W + m∘(dS A)``: (M, K), dtype of dY; dS None leaves out the second term."""
+    if dS is None:
+        return dY @ W
+    M, K = dY.shape[0], W.shape[1]
+    A = A.to(dS.dtype)
+    dX = dY.new_empty(M, K)
+    for rows in row_blocks(M, K):
+        dX[rows] = _keep(dS[rows] @ A, mask, rows)
+    return dX.addmm_(dY, W)
+
+
+def delta(A: Tensor, B: Tensor, scaling: float | Tensor, blocks: Blocks) -> Tensor:
+    """``ΔW = scaling * B_g A_g`` on the rows of adapted block g, zero elsewhere: (N, K), dtype of B."""
+    dW = B.new_zeros(A.shape[1], blocks.out_features)
+    for g, (A_g, B_g) in enumerate(blocks.factors(A, B)):
+        out = blocks.output(dW, g)
+        out.copy_((A_g.t() @ B_g.t()).mul_(scaling).view(out.shape))
+    return dW.t()

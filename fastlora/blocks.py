@@ -1,0 +1,75 @@
+"""Which output features each adapted block of a linear layer covers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Output blocks of a linear layer, each adapted by its own factors or left plain.
+
+    Block ``g`` of the adapted ones has the rows ``g * r : (g + 1) * r`` of A and its own rows of B,
+    stacked in block order. A plain LoRA layer is one adapted block.
+
+    Args:
+        splits: Size of each block; they add up to the layer's output features.
+        enabled: Which blocks are adapted.
+        interleave: How often the pattern of blocks repeats along the output. 1: each block is
+            contiguous (``q | k | v``). H: each block is spread over H equal parts
+            (``q0 k0 v0 | q1 k1 v1 | ...``, the per-head layout of GPT-NeoX, BLOOM and Falcon).
+    """
+
+    splits: tuple[int, ...]
+    enabled: tuple[bool, ...]
+    interleave: int = 1
+
+    @classmethod
+    def single(cls, out_features: int) -> "Blocks":
+        """One adapted block that covers the whole output."""
+        return cls((out_features,), (True,))
+
+    @cached_property
+    def count(self) -> int:
+        """Number of adapted blocks, G."""
+        return sum(self.enabled)
+
+    @cached_property
+    def out_features(self) -> int:
+        """Size of the whole output, N."""
+        return sum(self.splits)
+
+    @cached_property
+    def adapted_features(self) -> int:
+        """Rows of B: the sizes of the adapted blocks together."""
+        return sum(n for n, on in zip(self.splits, self.enabled, strict=True) if on)
+
+    @cached_property
+    def _spans(self) -> tuple[tuple[int, int, int], ...]:
+        """Of each adapted block: offset and width within one repeat of the pattern, first row of B."""
+        spans, offset, row = [], 0, 0
+        for size, on in zip(self.splits, self.enabled, strict=True):
+            width = size // self.interleave
+            if on:
+                spans.append((offset, width, row))
+                row += size
+            offset += width
+        return tuple(spans)
+
+    def output(self, Y: Tensor, g: int) -> Tensor:
+        """The features of adapted block ``g`` in ``Y`` (..., N): a view (..., interleave, width)."""
+        offset, width, _ = self._spans[g]
+        return Y.unflatten(-1, (self.interleave, -1))[..., offset : offset + width]
+
+    def rows_of_B(self, g: int) -> slice:
+        """The rows of B that adapt block ``g``."""
+        _, width, row = self._spans[g]
+        return slice(row, row + width * self.interleave)
+
+    def factors(self, A: Tensor, B: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """``(A_g, B_g)`` of each adapted block: views (r, K) and (n_g, r)."""
+        r = B.shape[1]
+        for g in range(self.count):
+            yield A[g * r : (g + 1) * r], B[self.rows_of_B(g)]

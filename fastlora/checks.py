@@ -1,0 +1,247 @@
+"""Every error about shapes, dtypes, devices and options that a user can meet.
+
+Each check names the argument, what was got and what was expected, and runs before anything changed.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastlora.blocks import Blocks
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+
+
+def _shape(t: Tensor) -> tuple[int, ...]:
+    return tuple(t.shape)
+
+
+def shape(name: str, t: Tensor, expected: tuple[int, ...], why: str) -> None:
+    """``t`` has exactly the shape ``expected``."""
+    if _shape(t) != expected:
+        raise ValueError(f"{name}: got shape {_shape(t)}, expected {expected} ({why})")
+
+
+def float_tensor(name: str, t: Tensor) -> None:
+    """``t`` is a tensor of a dtype the library computes in."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: got {type(t).__name__}, expected a torch.Tensor")
+    if t.dtype not in FLOAT_DTYPES:
+        expected = ", ".join(str(d) for d in FLOAT_DTYPES)
+        raise TypeError(f"{name}: got dtype {t.dtype}, expected one of {expected}")
+
+
+def same_device(reference: str, device: torch.device, **others: Tensor | None) -> None:
+    """Every tensor given is on ``device``."""
+    for name, t in others.items():
+        if t is not None and t.device != device:
+            raise ValueError(
+                f"{name}: got device {t.device}, expected {device}, the device of {reference}"
+            )
+
+
+def factor_dtypes(dtype: torch.dtype, **factors: Tensor | None) -> None:
+    """Factors have the compute dtype, or all are fp32 over a 16-bit one."""
+    allowed = (dtype, torch.float32) if dtype in _SIXTEEN_BIT else (dtype,)
+    seen: dict[torch.dtype, str] = {}
+    for name, t in factors.items():
+        if t is None:
+            continue
+        if t.dtype not in allowed:
+            expected = " or ".join(str(d) for d in allowed)
+            raise TypeError(f"{name}: got dtype {t.dtype}, expected {expected} for a {dtype} input")
+        seen.setdefault(t.dtype, name)
+    if len(seen) > 1:
+        got = ", ".join(f"{name} {d}" for d, name in seen.items())
+        raise TypeError(f"factors: got {got}, expected one dtype for all of them")
+
+
+def probability(name: str, p: float) -> None:
+    """``p`` is in [0, 1]."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{name}: got {p}, expected a probability in [0, 1]")
+
+
+def rank(name: str, r: int) -> None:
+    """``r`` is an integer, 0 (plain layer) or more."""
+    if isinstance(r, bool) or not isinstance(r, int):
+        raise TypeError(f"{name}: got {r!r}, expected an int")
+    if r < 0:
+        raise ValueError(f"{name}: got {r}, expected 0 (no adapter) or a positive rank")
+
+
+def scaling(value: float | Tensor) -> None:
+    """A finite number, or a tensor of one element that needs no gradient."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.requires_grad:
+            raise ValueError(
+                f"scaling: got a tensor of shape {_shape(value)} with requires_grad="
+                f"{value.requires_grad}, expected a number or one element that needs no gradient"
+            )
+    elif not math.isfinite(value):
+        raise ValueError(f"scaling: got {value}, expected a finite number")
+
+
+def seed(seed: Tensor | None, device: torch.device) -> None:
+    """A dropout seed is one int64 on the input's device."""
+    if seed is None:
+        return
+    if seed.dtype != torch.int64 or seed.numel() != 1:
+        raise ValueError(
+            f"seed: got {seed.dtype} of shape {_shape(seed)}, expected one int64 element"
+        )
+    same_device("x", device, seed=seed)
+
+
+def blocks(
+    out_features: int,
+    enable_lora: Sequence[bool],
+    out_splits: Sequence[int] | None,
+    interleave: int,
+) -> Blocks:
+    """The layout these options describe.
+
+    Raises:
+        ValueError: the blocks do not fill ``out_features``, or do not divide.
+    """
+    enabled = tuple(bool(on) for on in enable_lora)
+    if not enabled:
+        raise ValueError("enable_lora: got an empty list, expected one bool a block")
+    if out_splits is None:
+        if out_features % len(enabled):
+            raise ValueError(
+                f"enable_lora: got {len(enabled)} blocks for out_features={out_features}, "
+                "expected a number that divides it (or pass out_splits for uneven blocks)"
+            )
+        splits = (out_features // len(enabled),) * len(enabled)
+    else:
+        splits = tuple(int(n) for n in out_splits)
+    if len(splits) != len(enabled):
+        raise ValueError(
+            f"out_splits: got {len(splits)} blocks, expected {len(enabled)}, as in enable_lora"
+        )
+    if min(splits) <= 0 or sum(splits) != out_features:
+        raise ValueError(
+            f"out_splits: got {list(splits)} with sum {sum(splits)}, "
+            f"expected positive sizes that add up to out_features={out_features}"
+        )
+    if interleave < 1 or any(n % interleave for n in splits):
+        raise ValueError(
+            f"interleave: got {interleave}, expected a positive number that divides every block "
+            f"of {list(splits)}"
+        )
+    return Blocks(splits, enabled, interleave)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    lora_bias: Tensor | None,
+    layout: Blocks,
+    dtype: torch.dtype,
+) -> None:
+    """The tensors of a LoRA linear fit together; ``dtype`` is what the call computes in."""
+    for name, t in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+        float_tensor(name, t)
+    if weight.dim() != 2:
+        raise ValueError(
+            f"weight: got shape {_shape(weight)}, expected (out_features, in_features)"
+        )
+    N, K = weight.shape
+    if x.dim() == 0 or x.shape[-1] != K:
+        raise ValueError(
+            f"x: got shape {_shape(x)}, expected (..., {K}), in_features of weight {(N, K)}"
+        )
+    if layout.out_features != N:
+        raise ValueError(
+            f"weight: got {N} output features, expected {layout.out_features}, the sum of the blocks"
+        )
+    if lora_B.dim() != 2:
+        raise ValueError(f"lora_B: got shape {_shape(lora_B)}, expected (out_features, r)")
+    n, r = layout.adapted_features, lora_B.shape[1]
+    shape("lora_B", lora_B, (n, r), f"out_features {n} of the adapted blocks")
+    shape("lora_A", lora_A, (layout.count * r, K), f"r={r} of lora_B, in_features={K}")
+    if bias is not None:
+        shape("bias", bias, (N,), f"out_features of weight {(N, K)}")
+    if lora_bias is not None:
+        shape("lora_bias", lora_bias, (n,), "out_features of lora_B")
+    same_device("x", x.device, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
+    if torch.is_autocast_enabled(x.device.type):
+        return
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype != dtype:
+            raise TypeError(f"{name}: got dtype {t.dtype}, expected {dtype}, the dtype of x")
+    factor_dtypes(dtype, lora_A=lora_A, lora_B=lora_B, lora_bias=lora_bias)
+
+
+def embedding(index: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+    """The tensors of a LoRA embedding fit together."""
+    if index.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"index: got dtype {index.dtype}, expected torch.int64 or torch.int32")
+    for name, t in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
+        float_tensor(name, t)
+    if weight.dim() != 2 or lora_A.dim() != 2:
+        raise ValueError(
+            f"weight, lora_A: got shapes {_shape(weight)} and {_shape(lora_A)}, "
+            "expected (num_embeddings, embedding_dim) and (r, num_embeddings)"
+        )
+    V, D = weight.shape
+    r = lora_A.shape[0]
+    shape("lora_A", lora_A, (r, V), f"num_embeddings of weight {(V, D)}")
+    shape("lora_B", lora_B, (D, r), f"embedding_dim of weight {(V, D)}, r={r} of lora_A")
+    same_device("index", index.device, weight=weight, lora_A=lora_A, lora_B=lora_B)
+    factor_dtypes(weight.dtype, lora_A=lora_A, lora_B=lora_B)
+
+
+def conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, dtype: torch.dtype
+) -> None:
+    """Input, kernel and bias of a convolution fit together."""
+    float_tensor("x", x)
+    float_tensor("weight", weight)
+    if not 3 <= weight.dim() <= 5:
+        raise ValueError(
+            f"weight: got shape {_shape(weight)}, expected (out_channels, in_channels / groups, "
+            "*kernel) with one to three dimensions of the kernel"
+        )
+    channels = weight.shape[1] * groups
+    batched = x.dim() == weight.dim()
+    if x.dim() not in (weight.dim(), weight.dim() - 1) or x.shape[int(batched)] != channels:
+        size = ", ".join("*" * (weight.dim() - 2))
+        raise ValueError(
+            f"x: got shape {_shape(x)}, expected (batch, {channels}, {size}) or "
+            f"({channels}, {size})"
+        )
+    if len(weight) % groups:
+        raise ValueError(f"groups: got {groups}, expected a divisor of out_channels={len(weight)}")
+    if bias is not None:
+        shape("bias", bias, (len(weight),), "out_channels of weight")
+    same_device("x", x.device, weight=weight, bias=bias)
+    if not torch.is_autocast_enabled(x.device.type):
+        for name, t in (("weight", weight), ("bias", bias)):
+            if t is not None and t.dtype != dtype:
+                raise TypeError(f"{name}: got dtype {t.dtype}, expected {dtype}, the dtype of x")
+
+
+def conv_factors(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    shape_A: tuple[int, ...],
+    shape_B: tuple[int, ...],
+    dtype: torch.dtype,
+) -> None:
+    """The factors of a convolution have these shapes, and dtypes that fit the input."""
+    float_tensor("lora_A", lora_A)
+    float_tensor("lora_B", lora_B)
+    shape("lora_A", lora_A, shape_A, "from weight, groups and the rank of lora_B")
+    shape("lora_B", lora_B, shape_B, "from weight and the rank of lora_A")
+    same_device("x", x.device, lora_A=lora_A, lora_B=lora_B)
+    if not torch.is_autocast_enabled(x.device.type):
+        factor_dtypes(dtype, lora_A=lora_A, lora_B=lora_B)

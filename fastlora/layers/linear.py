@@ -1,0 +1,211 @@
+"""``Linear`` with a low-rank update."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from fastlora import functional
+from fastlora.blocks import Blocks
+from fastlora.layers.base import META, LoRALayer, active_dropout, check_options
+from fastlora.merge import Term
+
+
+class BlockLinear(LoRALayer, nn.Linear):
+    """What Linear and MergedLinear share: a linear layer whose output is one or several blocks."""
+
+    blocks: Blocks
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        fan_in_fan_out: bool,
+        merge_weights: bool,
+        blocks: Blocks,
+        use_rslora: bool,
+        lora_bias: bool,
+        init_lora_weights: bool | str,
+        lora_dtype: Any,
+        backend: str,
+        **kwargs: Any,
+    ) -> None:
+        check_options(r, lora_alpha, lora_dropout, init_lora_weights)
+        nn.Linear.__init__(self, in_features, out_features, **kwargs)
+        self._init_lora(
+            r,
+            lora_alpha,
+            lora_dropout,
+            merge_weights,
+            use_rslora,
+            init_lora_weights,
+            lora_dtype,
+            backend,
+        )
+        self.fan_in_fan_out = False
+        self.blocks = blocks
+        if r > 0 and blocks.count:
+            n = blocks.adapted_features
+            shapes: dict[str, tuple[int, ...]] = {
+                "lora_A": (r * blocks.count, in_features),
+                "lora_B": (n, r),
+            }
+            self._add_factors(**shapes, **({"lora_bias": (n,)} if lora_bias else {}))
+        self.reset_parameters()
+        if fan_in_fan_out:
+            self.weight.data = self.weight.data.t().contiguous()
+            self.fan_in_fan_out = True
+
+    @classmethod
+    def like(cls, module: nn.Module, **options: Any) -> Self:
+        """A layer of the sizes of ``module``, on the meta device; see ``from_linear``."""
+        conv1d = is_hf_conv1d(module)
+        if type(module) is not nn.Linear and not conv1d:
+            raise TypeError(
+                f"module: got {type(module).__qualname__}, expected torch.nn.Linear or Hugging "
+                "Face's Conv1D itself (a subclass's own forward would be lost)"
+            )
+        sizes = module.weight.shape if conv1d else reversed(module.weight.shape)
+        bias = module.bias is not None
+        return cls(*sizes, fan_in_fan_out=conv1d, bias=bias, **options, **META)
+
+    def reset_parameters(self) -> None:
+        """Draws the base weight like ``nn.Linear``, then the factors."""
+        stored_transposed = getattr(self, "fan_in_fan_out", False)
+        if stored_transposed:
+            self.weight.data = self.weight.data.t()
+        super().reset_parameters()
+        if stored_transposed:
+            self.weight.data = self.weight.data.t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` of shape (..., in_features) to (..., out_features)."""
+        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        lora_bias = getattr(self, "lora_bias", None)
+        if self._uses_base_only():
+            bias = self.bias
+            if lora_bias is not None:
+                bias = functional.add_lora_bias(
+                    bias, lora_bias, self.scaling, self.blocks, weight.dtype
+                )
+            return F.linear(x, weight, bias)
+        p, training = active_dropout(self.lora_dropout)
+        return functional.block_lora_linear(
+            x,
+            weight,
+            self.lora_A,
+            self.lora_B,
+            scaling=self.scaling,
+            blocks=self.blocks,
+            bias=self.bias,
+            lora_bias=lora_bias,
+            p=p,
+            training=training,
+            backend=self.backend,
+        )
+
+    def _merge_terms(self, weight: Tensor, lora: Mapping[str, Tensor]) -> list[Term]:
+        out_first = weight.t() if self.fan_in_fan_out else weight
+        terms = []
+        for g, (A, B) in enumerate(self.blocks.factors(lora["lora_A"], lora["lora_B"])):
+            # (width, K) of each repeat of the pattern, beside the rows of B that adapt it
+            parts = self.blocks.output(out_first.t(), g).permute(1, 2, 0)
+            for part, rows in zip(parts, B.chunk(len(parts)), strict=True):
+                if self.fan_in_fan_out:
+                    terms.append(Term(part.t(), A.t(), rows.t()))
+                else:
+                    terms.append(Term(part, rows, A))
+        return terms
+
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, {self._lora_repr()}"
+        return text + ", fan_in_fan_out=True" if self.fan_in_fan_out else text
+
+
+class Linear(BlockLinear):
+    """``nn.Linear`` with a low-rank update; a drop-in for ``loralib.Linear``.
+
+    ``y = x Wᵀ + bias + scaling * dropout(x) Aᵀ Bᵀ``, with the base weight frozen.
+
+    Args:
+        in_features: Size of the input.
+        out_features: Size of the output.
+        r: Rank; 0 gives a plain, trainable ``nn.Linear``.
+        lora_alpha: ``scaling = lora_alpha / r``.
+        lora_dropout: Dropout probability of the LoRA branch's input.
+        fan_in_fan_out: The weight is stored as (in_features, out_features).
+        merge_weights: ``eval()`` merges the update into the weight, ``train()`` takes it out again.
+        use_rslora: ``scaling = lora_alpha / sqrt(r)``.
+        lora_bias: Adds a trainable bias to the up factor, scaled like it.
+        init_lora_weights: True (A Kaiming uniform, B zero), "gaussian" (A normal with standard
+            deviation 1 / r, B zero) or False (neither zero).
+        lora_dtype: Dtype of the factors; None: that of the weight. float32 over a 16-bit weight is
+            the usual mixed precision.
+        backend: "auto", or a name of :func:`fastlora.backends.available`.
+        **kwargs: ``bias``, ``device`` and ``dtype`` of ``nn.Linear``.
+
+    Raises:
+        ValueError, TypeError: an option is wrong; nothing was built.
+
+    Shape:
+        weight (out, in), or (in, out) with ``fan_in_fan_out``; lora_A (r, in); lora_B (out, r);
+        lora_bias (out).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 0,
+        lora_alpha: float = 1,
+        lora_dropout: float = 0.0,
+        fan_in_fan_out: bool = False,
+        merge_weights: bool = True,
+        *,
+        use_rslora: bool = False,
+        lora_bias: bool = False,
+        init_lora_weights: bool | str = True,
+        lora_dtype: Any = None,
+        backend: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            in_features,
+            out_features,
+            r,
+            lora_alpha,
+            lora_dropout,
+            fan_in_fan_out,
+            merge_weights,
+            Blocks.single(out_features),
+            use_rslora,
+            lora_bias,
+            init_lora_weights,
+            lora_dtype,
+            backend,
+            **kwargs,
+        )
+
+    @classmethod
+    def from_linear(cls, module: nn.Module, r: int, **options: Any) -> "Linear":
+        """A LoRA layer over an existing one, whose weight and bias it shares.
+
+        Args:
+            module: ``nn.Linear``, or Hugging Face's ``Conv1D`` (weight stored as (in, out)).
+            r: Rank.
+            **options: As for the class, but for the sizes, ``fan_in_fan_out`` and ``bias``.
+
+        Raises:
+            TypeError: another kind of module.
+        """
+        return cls.like(module, r=r, **options).adopt(module)
+
+
+def is_hf_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' ``Conv1D``, the linear layer of GPT-2 (weight (in, out))."""
+    return type(module).__name__ == "Conv1D" and type(module).__module__.startswith("transformers.")

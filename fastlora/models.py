@@ -1,0 +1,197 @@
+"""A whole model's adapters: which parameters train, what a checkpoint holds, merged or not."""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from fastlora import backends
+from fastlora.layers import LoRALayer
+
+BIAS = ("none", "all", "lora_only")
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
+    """``(name, layer)`` of every layer that has factors."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALayer) and module.adapted:
+            yield name, module
+
+
+def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
+    """Makes the factors trainable, and nothing else but the biases asked for.
+
+    Args:
+        model: Any module.
+        bias: "none"; "all": every bias of the model; "lora_only": those of the LoRA layers.
+
+    Raises:
+        ValueError: another ``bias``; nothing was changed.
+    """
+    wanted = _adapter_names(model, bias)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameter.requires_grad = name in wanted
+    flag_shared_weights(model)
+
+
+def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
+    """The factors by name, and the biases asked for: a checkpoint of the adapter alone.
+
+    Args:
+        model: Any module.
+        bias: As for :func:`mark_only_lora_as_trainable`.
+
+    Returns:
+        The model's own tensors, detached, under loralib's keys.
+
+    Raises:
+        ValueError: another ``bias``.
+    """
+    wanted = _adapter_names(model, bias)
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {name: p.detach() for name, p in parameters if name in wanted}
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block, every layer's weight holds its update; afterwards, exactly what it held before.
+
+    Also where the block raises. Layers that were merged already stay so; a layer whose weight is
+    shared with another module is left as it is, with a warning.
+
+    Raises:
+        MergeError: a layer's factors hold NaN or Inf, or overflow; no layer is left merged.
+    """
+    flag_shared_weights(model)
+    with ExitStack() as restore:
+        for _, layer in lora_layers(model):
+            if not layer.merged and not layer.weight_is_shared:
+                layer.merge()
+                restore.callback(layer.unmerge)
+        yield model
+
+
+def switch(
+    model: nn.Module, adapter: Mapping[str, Tensor], scaling: float | None = None
+) -> None:
+    """Puts another adapter in the place of the present one; merged weights change in one pass.
+
+    Args:
+        model: A model with LoRA layers.
+        adapter: The factors of every LoRA layer, as :func:`lora_state_dict` names them.
+        scaling: Scaling of the new adapter in every layer; None keeps each layer's own.
+
+    Raises:
+        KeyError: factors of a layer are missing, or there is no such layer.
+        ValueError: a factor's shape is wrong.
+        MergeError: NaN or Inf in the factors, or overflow.
+
+    Whatever is raised, the model is as it was.
+    """
+    layers = dict(lora_layers(model))
+    per_layer: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, factor in adapter.items():
+        name, _, leaf = key.rpartition(".")
+        per_layer[name][leaf] = factor
+    if unknown := sorted(per_layer.keys() - layers.keys()):
+        raise KeyError(f"adapter: got factors for {unknown[0]!r}, which is no LoRA layer of this model")
+    for name, layer in layers.items():
+        try:
+            layer.check_factors(per_layer[name])
+        except (KeyError, ValueError) as error:
+            raise type(error)(f"{name}: {error.args[0]}") from None
+    old = {key: t.clone() for key, t in lora_state_dict(model).items()}
+    with ExitStack() as undo:
+        for name, layer in layers.items():
+            before = {leaf: old[f"{name}.{leaf}" if name else leaf] for leaf in per_layer[name]}
+            undo.callback(layer.switch, before, layer.scaling)
+            layer.switch(per_layer[name], scaling)
+        undo.pop_all()
+
+
+def flag_shared_weights(model: nn.Module) -> list[str]:
+    """Finds LoRA layers whose weight another module holds too, such as a tied output head.
+
+    Merging would change the other module's output, so these layers stay unmerged (their update is
+    added in ``forward`` as in training), and a warning says so.
+
+    Returns:
+        The names of these layers.
+    """
+    holders: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            holders[id(parameter)].append(f"{name}.{leaf}" if name else leaf)
+    shared = []
+    for name, layer in lora_layers(model):
+        names = holders[id(layer.weight)]
+        if len(names) > 1 and not layer.weight_is_shared:
+            others = ", ".join(n for n in names if n != f"{name}.weight")
+            warnings.warn(
+                f"{name}: its weight is also {others}; the layer will not be merged, because that "
+                "would change the other module's output",
+                stacklevel=3,
+            )
+        layer.weight_is_shared = len(names) > 1
+        if layer.weight_is_shared:
+            shared.append(name)
+    return shared
+
+
+def explain(layer: LoRALayer, x: Tensor | None = None) -> str:
+    """What a forward of ``layer`` would do, and why, in words.
+
+    Args:
+        layer: A LoRA layer.
+        x: The input it would get; None leaves out what depends on it.
+    """
+    if not isinstance(layer, LoRALayer):
+        raise TypeError(f"layer: got {type(layer).__name__}, expected a fastlora layer")
+    lines = [f"{type(layer).__name__}({layer.extra_repr()})"]
+    if not layer.adapted:
+        lines.append("path: the plain layer (no factors)")
+    elif layer.merged:
+        lines.append(
+            f"path: the plain layer (merged; {layer.merge_nbytes / layer.weight.numel():.2f} bytes "
+            "a weight are kept to undo that)"
+        )
+    else:
+        lines.append(f"path: {backends.select(layer.backend).name}")
+        for name, reason in backends.available().items():
+            lines.append(f"  {name}: {'usable' if reason is None else reason}")
+        active = layer.lora_dropout.training and getattr(layer.lora_dropout, "p", 0.0)
+        lines.append(f"dropout: {f'p={active}' if active else 'inactive'}")
+        if x is not None:
+            autocast = torch.is_autocast_enabled(x.device.type)
+            dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+            lines.append(
+                f"dtypes: {dtype} input and weight{' (autocast)' if autocast else ''}, "
+                f"{layer.lora_A.dtype} factors, on {x.device}"
+            )
+    if layer.weight_is_shared:
+        lines.append("merging: never, the weight is shared with another module")
+    return "\n".join(lines)
+
+
+def _adapter_names(model: nn.Module, bias: str) -> set[str]:
+    """Names of the factors, and of the biases asked for."""
+    if bias not in BIAS:
+        raise ValueError(f"bias: got {bias!r}, expected one of {', '.join(map(repr, BIAS))}")
+    names = set()
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        adapted = isinstance(module, LoRALayer) and module.adapted
+        if adapted:
+            names.update(prefix + leaf for leaf in module.lora_parameters())
+        if bias == "all" or (bias == "lora_only" and adapted):
+            own = module.named_parameters(recurse=False)
+            names.update(prefix + leaf for leaf, _ in own if _is_bias(leaf))
+    return names
+
+
+def _is_bias(leaf: str) -> bool:
+    # "bias", "in_proj_bias", "bias_ih_l0"; not a module called relative_attention_bias
+    return leaf == "bias" or leaf.endswith("_bias") or leaf.startswith("bias_")
