@@ -5,10 +5,11 @@ weight's size but the weight.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from fastlora.backends import Backend, reference, reference_conv, reference_embedding
 from fastlora.blocks import Blocks
@@ -40,7 +41,7 @@ class LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         X: Tensor,
         W: Tensor,
         A: Tensor,
@@ -65,7 +66,7 @@ class LoRALinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dY: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         X, W, A, B, S, mask = ctx.saved_tensors
         need_X, need_W, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
         spec, backend = ctx.spec, ctx.spec.backend
@@ -98,7 +99,7 @@ class LoRAEmbedding(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, index: Tensor, W: Tensor, A: Tensor, B: Tensor, spec: EmbeddingSpec
+        ctx: Any, index: Tensor, W: Tensor, A: Tensor, B: Tensor, spec: EmbeddingSpec
     ) -> Tensor:
         S = reference_embedding.shrink(index, A, spec.scaling, W.dtype)
         ctx.spec, ctx.V, ctx.dtype_A = spec, W.shape[0], A.dtype
@@ -107,7 +108,7 @@ class LoRAEmbedding(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dY: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         index, B, S = ctx.saved_tensors
         _, need_W, need_A, need_B, _ = ctx.needs_input_grad
         spec = ctx.spec
@@ -116,7 +117,7 @@ class LoRAEmbedding(torch.autograd.Function):
             dY, S, B, spec.scaling, Blocks.single(B.shape[0]), need_dS=need_A, need_dB=need_B
         )
         options = (ctx.V, spec.padding_idx, spec.scale_grad_by_freq)
-        if need_A:
+        if dS is not None:
             dA = reference_embedding.scatter(index, dS, *options).t().to(ctx.dtype_A)
         if need_W:
             dW = reference_embedding.scatter(index, dY, *options)
@@ -137,7 +138,7 @@ class LoRAConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         X: Tensor,
         W: Tensor,
         A: Tensor,
@@ -162,7 +163,7 @@ class LoRAConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dY: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         X, W, A, B, S, mask = ctx.saved_tensors
         need_X, need_W, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
         spec, at = ctx.spec, ctx.spec.at
@@ -171,7 +172,7 @@ class LoRAConv(torch.autograd.Function):
             dS, dB = reference_conv.grad_expand(
                 dY, S, B, spec.c, at, need_dS=need_X or need_A, need_dB=need_B
             )
-        if need_A:
+        if need_A and dS is not None:
             dA = reference_conv.grad_shrink(dS, X, mask, A, at)
         if need_X:
             dX = reference_conv.grad_input(dY, W.to(dY.dtype), dS, A, mask, ctx.shape, at)
@@ -189,7 +190,7 @@ class DenseLoRAConv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         X: Tensor,
         W: Tensor,
         A: Tensor,
@@ -201,7 +202,7 @@ class DenseLoRAConv(torch.autograd.Function):
         at = spec.at
         mask = reference_conv.draw_mask(X, spec.t, seed, at)
         ctx.spec, ctx.shape = spec, X.shape
-        need_X, need_W, need_A, need_B, *_ = ctx.needs_input_grad
+        _, need_W, need_A, need_B, *_ = ctx.needs_input_grad
         ctx.save_for_backward(X if need_W or need_A or need_B else None, W, A, B, mask)
         delta = _dense_delta(A, B, spec.c, W.shape)
         if mask is None:
@@ -213,7 +214,7 @@ class DenseLoRAConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, dY: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         X, W, A, B, mask = ctx.saved_tensors
         need_X, need_W, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
         spec, at = ctx.spec, ctx.spec.at

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 
 from torch import Tensor
 
@@ -31,24 +30,24 @@ class Blocks:
         """One adapted block that covers the whole output."""
         return cls((out_features,), (True,))
 
-    @cached_property
+    @property
     def count(self) -> int:
         """Number of adapted blocks, G."""
         return sum(self.enabled)
 
-    @cached_property
+    @property
     def out_features(self) -> int:
         """Size of the whole output, N."""
         return sum(self.splits)
 
-    @cached_property
+    @property
     def adapted_features(self) -> int:
         """Rows of B: the sizes of the adapted blocks together."""
         return sum(n for n, on in zip(self.splits, self.enabled, strict=True) if on)
 
-    @cached_property
+    @property
     def _spans(self) -> tuple[tuple[int, int, int], ...]:
-        """Of each adapted block: offset and width within one repeat of the pattern, first row of B."""
+        """Of each adapted block: offset and width in one repeat of the pattern, first row of B."""
         spans, offset, row = [], 0, 0
         for size, on in zip(self.splits, self.enabled, strict=True):
             width = size // self.interleave
@@ -59,7 +58,7 @@ class Blocks:
         return tuple(spans)
 
     def output(self, Y: Tensor, g: int) -> Tensor:
-        """The features of adapted block ``g`` in ``Y`` (..., N): a view (..., interleave, width)."""
+        """The features of adapted block ``g`` of Y (..., N): a view (..., interleave, width)."""
         offset, width, _ = self._spans[g]
         return Y.unflatten(-1, (self.interleave, -1))[..., offset : offset + width]
 

@@ -43,6 +43,13 @@ def same_device(reference: str, device: torch.device, **others: Tensor | None) -
             )
 
 
+def base_dtype(dtype: torch.dtype, **base: Tensor | None) -> None:
+    """Weight and bias of the base layer have the dtype of the input."""
+    for name, t in base.items():
+        if t is not None and t.dtype != dtype:
+            raise TypeError(f"{name}: got dtype {t.dtype}, expected {dtype}, the dtype of x")
+
+
 def factor_dtypes(dtype: torch.dtype, **factors: Tensor | None) -> None:
     """Factors have the compute dtype, or all are fp32 over a 16-bit one."""
     allowed = (dtype, torch.float32) if dtype in _SIXTEEN_BIT else (dtype,)
@@ -160,7 +167,7 @@ def linear(
         )
     if layout.out_features != N:
         raise ValueError(
-            f"weight: got {N} output features, expected {layout.out_features}, the sum of the blocks"
+            f"weight: got {N} output features, expected {layout.out_features}, the blocks' sum"
         )
     if lora_B.dim() != 2:
         raise ValueError(f"lora_B: got shape {_shape(lora_B)}, expected (out_features, r)")
@@ -174,9 +181,7 @@ def linear(
     same_device("x", x.device, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
     if torch.is_autocast_enabled(x.device.type):
         return
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None and t.dtype != dtype:
-            raise TypeError(f"{name}: got dtype {t.dtype}, expected {dtype}, the dtype of x")
+    base_dtype(dtype, weight=weight, bias=bias)
     factor_dtypes(dtype, lora_A=lora_A, lora_B=lora_B, lora_bias=lora_bias)
 
 
@@ -199,9 +204,7 @@ def embedding(index: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> 
     factor_dtypes(weight.dtype, lora_A=lora_A, lora_B=lora_B)
 
 
-def conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, dtype: torch.dtype
-) -> None:
+def conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, dtype: torch.dtype) -> None:
     """Input, kernel and bias of a convolution fit together."""
     float_tensor("x", x)
     float_tensor("weight", weight)
@@ -224,9 +227,7 @@ def conv(
         shape("bias", bias, (len(weight),), "out_channels of weight")
     same_device("x", x.device, weight=weight, bias=bias)
     if not torch.is_autocast_enabled(x.device.type):
-        for name, t in (("weight", weight), ("bias", bias)):
-            if t is not None and t.dtype != dtype:
-                raise TypeError(f"{name}: got dtype {t.dtype}, expected {dtype}, the dtype of x")
+        base_dtype(dtype, weight=weight, bias=bias)
 
 
 def conv_factors(

@@ -26,7 +26,7 @@ _LOW32 = 0xFFFFFFFF
 
 
 def threshold(p: float) -> int:
-    """The 16-bit threshold below which a lane drops its element; ``threshold / 65536`` is the exact p."""
+    """The 16-bit threshold below which a lane drops its element; the exact p is this / 65536."""
     return round(p * LANE_RANGE)
 
 
@@ -92,7 +92,9 @@ def draw_mask(seed: Tensor, M: int, K: int, t: int, first_row: int = 0) -> Tenso
         ``8j + b`` of the row is kept; bits past K are zero.
     """
     row = mask_bytes(K)
-    index = torch.arange(first_row * row, (first_row + M) * row, dtype=torch.int64, device=seed.device)
+    index = torch.arange(
+        first_row * row, (first_row + M) * row, dtype=torch.int64, device=seed.device
+    )
     zero = torch.zeros((), dtype=torch.int64, device=seed.device)
     words = philox4x32(
         (index & _LOW32, index >> 32, zero, zero), (seed & _LOW32, (seed >> 32) & _LOW32)

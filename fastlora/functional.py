@@ -28,7 +28,9 @@ def lora_linear(
     seed: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Linear layer with a low-rank update: ``y = x Wᵀ + bias + scaling * (dropout(x) Aᵀ Bᵀ + lora_bias)``.
+    """Linear layer with a low-rank update.
+
+    ``y = x Wᵀ + bias + scaling * (dropout(x) Aᵀ Bᵀ + lora_bias)``
 
     Args:
         x: Input, shape ``(..., in_features)``; float32, bfloat16, float16 or float64, any strides.
@@ -229,7 +231,9 @@ def lora_conv(
     training: bool = True,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """Convolution with a low-rank update (LoCon): ``y = conv(x, W) + bias + scaling * B conv(dropout(x), A)``.
+    """Convolution with a low-rank update (LoCon).
+
+    ``y = conv(x, W) + bias + scaling * B conv(dropout(x), A)``
 
     Equals the convolution by ``W + scaling * B A`` for every stride, padding, dilation, number of
     groups and padding mode.
@@ -287,7 +291,9 @@ def lora_conv_dense(
     training: bool = True,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """Convolution with loralib's factors: ``y = conv(x, W) + bias + scaling * conv(dropout(x), ΔW)``.
+    """Convolution with loralib's factors.
+
+    ``y = conv(x, W) + bias + scaling * conv(dropout(x), ΔW)``
 
     ``ΔW`` is the product ``B A`` read as a tensor of the kernel's shape. Where dropout is inactive
     this is one convolution, by ``W + scaling * ΔW``.
@@ -387,7 +393,7 @@ def _pad(
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What a layer computes in: autocast's dtype where that applies to ``x``, else that of ``x``."""
+    """What a layer computes in: autocast's dtype where it applies to ``x``, else that of ``x``."""
     device = x.device.type
     # like torch's own layers, autocast leaves fp64 alone
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -396,7 +402,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def for_input(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The factor as it is used for an input of ``dtype``: unchanged but for a 16-bit one over fp32."""
+    """The factor as it is used for an input of ``dtype``: as it is, but for 16 bits over fp32."""
     return factor if factor.dtype in (dtype, torch.float32) else factor.to(dtype)
 
 

@@ -47,7 +47,9 @@ class Report:
         ]
         lines += [f"  + {name}: {what}" for name, what in self.replaced.items()]
         lines += [f"  - {name}: {why}" for name, why in self.skipped.items()]
-        lines += [f"  ! {name}: weight shared with another module, never merged" for name in self.shared]
+        lines += [
+            f"  ! {name}: weight shared with another module, never merged" for name in self.shared
+        ]
         return "\n".join(lines)
 
 
@@ -114,16 +116,20 @@ def inject(
             raise ValueError(f"{name}: got rank 0, expected 1 or more")
     if enable_lora is None and (out_splits is not None or interleave != 1):
         raise ValueError("out_splits, interleave: got a layout, expected enable_lora with it")
-    common = {
+    common: dict[str, Any] = {
         "merge_weights": merge_weights,
         "use_rslora": use_rslora,
         "init_lora_weights": init_lora_weights,
         "lora_dtype": lora_dtype,
     }
-    branch = {**common, "lora_dropout": lora_dropout, "lora_bias": lora_bias}
-    linear = {**branch, "backend": backend}
-    blocks = {"enable_lora": enable_lora, "out_splits": out_splits, "interleave": interleave}
-    conv = {**branch, "factorization": factorization}
+    branch: dict[str, Any] = {**common, "lora_dropout": lora_dropout, "lora_bias": lora_bias}
+    linear: dict[str, Any] = {**branch, "backend": backend}
+    blocks: dict[str, Any] = {
+        "enable_lora": enable_lora,
+        "out_splits": out_splits,
+        "interleave": interleave,
+    }
+    conv: dict[str, Any] = {**branch, "factorization": factorization}
     makers: dict[type[nn.Module], Callable[..., LoRALayer]] = {
         nn.Linear: partial(Linear.like, **linear)
         if enable_lora is None
@@ -159,7 +165,9 @@ def inject(
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, layer)
             sizes = "x".join(str(n) for n in layer.weight.shape)
-            replaced[name] = f"{type(layer).__name__} {sizes}, r={layer.r}, scaling={layer.scaling:g}"
+            replaced[name] = (
+                f"{type(layer).__name__} {sizes}, r={layer.r}, scaling={layer.scaling:g}"
+            )
     trainable = sum(p.numel() for m in layers.values() for p in m.lora_parameters().values())
     total = sum(p.numel() for p in model.parameters())
     return Report(replaced, skipped, flag_shared_weights(model), trainable, total)
@@ -168,7 +176,7 @@ def inject(
 def _choose(
     model: nn.Module, targets: str | Sequence[str], excluded: str | Sequence[str]
 ) -> dict[str, nn.Module]:
-    """The modules that ``targets`` select, by name; nothing below one that is a LoRA layer already."""
+    """The modules that ``targets`` select, by name; nothing inside a LoRA layer."""
     modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
     inside = tuple(f"{name}." for name, m in modules.items() if isinstance(m, LoRALayer))
     modules = {name: m for name, m in modules.items() if not name.startswith(inside)}
@@ -182,7 +190,9 @@ def _choose(
             if m is not head and (type(m) is nn.Linear or is_hf_conv1d(m))
         }
         if not linear:
-            raise ValueError(f"target_modules: got {ALL_LINEAR!r}, but the model has no linear layer")
+            raise ValueError(
+                f"target_modules: got {ALL_LINEAR!r}, but the model has no linear layer"
+            )
         return {name: m for name, m in linear.items() if not exclude(name)}
     wanted = [targets] if isinstance(targets, str) else list(targets)
     if not wanted:
@@ -200,13 +210,17 @@ def _choose(
     return {name: m for name, m in modules.items() if match(name) and not exclude(name)}
 
 
-def _matcher(targets: str | Sequence[str], modules: Mapping[str, nn.Module]) -> Callable[[str], bool]:
-    """Whether a name is selected: by one regular expression, or by a list of names or their ends."""
+def _matcher(
+    targets: str | Sequence[str], modules: Mapping[str, nn.Module]
+) -> Callable[[str], bool]:
+    """Whether a name is selected: by a regular expression, or a list of names or their ends."""
     if isinstance(targets, str):
         try:
             pattern = re.compile(targets)
         except re.error as error:
-            raise ValueError(f"target_modules: got {targets!r}, not a regular expression: {error}") from None
+            raise ValueError(
+                f"target_modules: got {targets!r}, not a regular expression: {error}"
+            ) from None
         return lambda name: pattern.fullmatch(name) is not None
     ends = tuple(f".{t}" for t in targets)
     exact = set(targets)
@@ -220,7 +234,9 @@ def _why_not(module: nn.Module) -> str | None:
     if type(module) not in _REPLACEABLE and not is_hf_conv1d(module):
         base = next((c.__name__ for c in _REPLACEABLE if isinstance(module, c)), None)
         if base is not None:
-            return f"{type(module).__name__} is a subclass of {base}, whose own forward would be lost"
+            return (
+                f"{type(module).__name__} is a subclass of {base}, whose own forward would be lost"
+            )
         return f"{type(module).__name__} has no LoRA layer"
     if torch.nn.utils.parametrize.is_parametrized(module):
         return "has parametrized weights"

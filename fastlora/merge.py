@@ -1,15 +1,15 @@
 """Merging that can be undone bit for bit.
 
-``merge`` writes ``W' = round(W0 + scaling * L @ R)`` over the weight: computed in fp64, rounded once to
-the weight's dtype, a block of rows at a time, with no temporary of the weight's size. ``unmerge``
-gives back W0 exactly, whatever has happened to the factors since.
+``merge`` writes ``W' = round(W0 + scaling * L @ R)`` over the weight: computed in fp64, rounded
+once to the weight's dtype, a block of rows at a time, with no temporary of the weight's size.
+``unmerge`` gives back W0 exactly, whatever has happened to the factors since.
 
-No copy of W0 is kept. Most of W0 comes back as ``P = round(W' - D)``, where D is a prediction of the
-delta that any machine recomputes to the same bits: the factors are kept as integers small enough
-that their product is exact in fp64, in whatever order it is summed. What P misses is the *correction*,
-the distance from P to W0 counted in representable numbers. It is mostly 0 or ±1, and is packed into
-0, 2, 4 or 8 bits a weight with the rare larger ones in a list (or a block is stored whole, if that
-is smaller).
+No copy of W0 is kept. Most of W0 comes back as ``P = round(W' - D)``, where D is a prediction of
+the delta that any machine recomputes to the same bits: the factors are kept as integers small
+enough that their product is exact in fp64, in whatever order it is summed. What P misses is the
+*correction*, the distance from P to W0 counted in representable numbers. It is mostly 0 or ±1, and
+is packed into 0, 2, 4 or 8 bits a weight with the rare larger ones in a list (or a block is stored
+whole, if that is smaller).
 """
 
 import math
@@ -31,7 +31,7 @@ _BITS_OF = {
 
 @dataclass(frozen=True)
 class Term:
-    """A part of a weight and its low-rank delta: ``scaling * (left @ right)``, reshaped to the part.
+    """A part of a weight and its low-rank delta: ``scaling * left @ right`` in the part's shape.
 
     Args:
         weight: View of the weight, any strides.
@@ -109,7 +109,7 @@ def is_merged(base: Sequence[Term], weight: Sequence[Term], scaling: float) -> b
 
 @dataclass(frozen=True)
 class MergeRecord:
-    """What undoes a merge: for each part of the weight the factors as integers, and the corrections."""
+    """What undoes a merge: of each part of the weight, the factors as integers and corrections."""
 
     predictors: tuple["_Predictor", ...]
     corrections: tuple[tuple["_Correction", ...], ...]
@@ -126,7 +126,7 @@ class MergeRecord:
         """Raises MergeError if the merged weight has been edited."""
         if _checksum(weights) != self.checksum:
             raise MergeError(
-                "weight: was edited while merged, so the weight before the merge cannot be restored; "
+                "weight: was edited while merged, so what it held before cannot be restored; "
                 "unmerge() before editing it (load_state_dict does so by itself)"
             )
 

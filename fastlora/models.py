@@ -57,7 +57,7 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block, every layer's weight holds its update; afterwards, exactly what it held before.
+    """Within the block every layer is merged; afterwards its weight is exactly what it was.
 
     Also where the block raises. Layers that were merged already stay so; a layer whose weight is
     shared with another module is left as it is, with a warning.
@@ -74,9 +74,7 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
         yield model
 
 
-def switch(
-    model: nn.Module, adapter: Mapping[str, Tensor], scaling: float | None = None
-) -> None:
+def switch(model: nn.Module, adapter: Mapping[str, Tensor], scaling: float | None = None) -> None:
     """Puts another adapter in the place of the present one; merged weights change in one pass.
 
     Args:
@@ -97,7 +95,9 @@ def switch(
         name, _, leaf = key.rpartition(".")
         per_layer[name][leaf] = factor
     if unknown := sorted(per_layer.keys() - layers.keys()):
-        raise KeyError(f"adapter: got factors for {unknown[0]!r}, which is no LoRA layer of this model")
+        raise KeyError(
+            f"adapter: got factors for {unknown[0]!r}, which is no LoRA layer of this model"
+        )
     for name, layer in layers.items():
         try:
             layer.check_factors(per_layer[name])
@@ -162,8 +162,8 @@ def explain(layer: LoRALayer, x: Tensor | None = None) -> str:
         lines.append(f"path: {backends.select(layer.backend).name}")
         for name, reason in backends.available().items():
             lines.append(f"  {name}: {'usable' if reason is None else reason}")
-        active = layer.lora_dropout.training and getattr(layer.lora_dropout, "p", 0.0)
-        lines.append(f"dropout: {f'p={active}' if active else 'inactive'}")
+        p = getattr(layer.lora_dropout, "p", 0.0) if layer.lora_dropout.training else 0.0
+        lines.append(f"dropout: {f'p={p}' if p else 'inactive'}")
         if x is not None:
             autocast = torch.is_autocast_enabled(x.device.type)
             dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
@@ -180,7 +180,7 @@ def _adapter_names(model: nn.Module, bias: str) -> set[str]:
     """Names of the factors, and of the biases asked for."""
     if bias not in BIAS:
         raise ValueError(f"bias: got {bias!r}, expected one of {', '.join(map(repr, BIAS))}")
-    names = set()
+    names: set[str] = set()
     for name, module in model.named_modules(remove_duplicate=False):
         prefix = f"{name}." if name else ""
         adapted = isinstance(module, LoRALayer) and module.adapted

@@ -6,8 +6,9 @@ scale and add done one after the other in the same dtypes; plus the rounding all
 FlashAttention's tests use (twice what adding and taking off 0.3 in that dtype costs).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,8 +40,9 @@ class Inputs:
     def to(self, dtype: torch.dtype) -> "Inputs":
         """The same values in another dtype."""
         names = ("x", "weight", "lora_A", "lora_B", "bias", "grad")
-        old = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: t if t is None else t.to(dtype) for name, t in old.items()})
+        old: dict[str, Tensor | None] = {name: getattr(self, name) for name in names}
+        new: dict[str, Any] = {name: t if t is None else t.to(dtype) for name, t in old.items()}
+        return replace(self, **new)
 
 
 def make_inputs(
@@ -149,7 +151,9 @@ def assert_no_worse(
         allowance = 2 * ((rounded + 0.3 - 0.3) - rounded).abs().max().item()
         worst = MAX_RATIO * theirs.max().item() + allowance
         rms = RMS_RATIO * theirs.square().mean().sqrt().item() + allowance
-        assert ours.max().item() <= worst, f"{name}: max error {ours.max():.3g}, allowed {worst:.3g}"
+        assert ours.max().item() <= worst, (
+            f"{name}: max error {ours.max():.3g}, allowed {worst:.3g}"
+        )
         root = ours.square().mean().sqrt().item()
         assert root <= rms, f"{name}: rms error {root:.3g}, allowed {rms:.3g}"
 
@@ -196,7 +200,7 @@ def check_linear(
     assert_no_worse(*({name: torch.stack([d[name] for d in r]) for name in r[0]} for r in results))
 
 
-def _run(inputs: Inputs, layer) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
+def _run(inputs: Inputs, layer: Callable[..., Tensor]) -> dict[str, Tensor]:
     names = ("x", "lora_A", "lora_B", "bias")
     leaves = {
         name: t.detach().clone().requires_grad_()

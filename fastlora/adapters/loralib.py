@@ -17,7 +17,7 @@ def load_state_dict(
     """Loads a loralib checkpoint: the adapter alone, or with base weights, in any of its layouts.
 
     Takes what ``loralib.lora_state_dict`` or a whole model's ``state_dict`` gives, also inside
-    ``{"model_state_dict": ...}``; the kernel of a convolution under ``conv.weight`` (loralib 0.1.2),
+    ``{"model_state_dict": ...}``; a convolution's kernel under ``conv.weight`` (loralib 0.1.2),
     under both names (its later sources) or under ``weight`` (a plain convolution). The model may be
     in any mode, merged or not.
 
@@ -50,9 +50,10 @@ def load_state_dict(
             raise ValueError(f"{key}: got shape {got}, expected {expected}")
     for name, layer in layers.items():
         prefix = f"{name}." if name else ""
-        lora = {leaf: state.get(prefix + leaf) for leaf in layer.lora_parameters()}
-        if missing := [prefix + leaf for leaf, t in lora.items() if t is None]:
+        leaves = list(layer.lora_parameters())
+        if missing := [prefix + leaf for leaf in leaves if prefix + leaf not in state]:
             raise KeyError(f"{missing[0]}: is missing from the checkpoint")
+        lora = {leaf: state[prefix + leaf] for leaf in leaves}
         if prefix + "weight" not in state:
             continue
         weight = state[prefix + "weight"]
@@ -61,9 +62,16 @@ def load_state_dict(
         elif layer.looks_merged(weight, lora):
             raise ValueError(
                 f"{prefix}weight: already holds the update of its factors (a checkpoint saved in "
-                "eval mode), which would count twice; expected the base weight, or assume_merged=True"
+                "eval mode), which would count twice; expected the base, or assume_merged=True"
             )
-    model.load_state_dict(state, strict=False)
+    now = model.state_dict()
+    before = {key: now[key].clone() for key in state}
+    try:
+        model.load_state_dict(state, strict=False)
+    except Exception:
+        # what only merging can find out: an update that overflows the weight's dtype, say
+        model.load_state_dict(before, strict=False)
+        raise
 
 
 def export_state_dict(

@@ -5,9 +5,9 @@ A backend is a module of this folder; nothing is decided or probed at import.
 """
 
 import importlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Protocol, cast
 
 from torch import Tensor
@@ -56,7 +56,12 @@ class Backend(Protocol):
     def delta(self, A: Tensor, B: Tensor, scaling: float | Tensor, blocks: Blocks) -> Tensor: ...
 
 
-_requested: ContextVar[str] = ContextVar("fastlora_backend", default="auto")
+class _Requested(threading.local):
+    # each thread has its own; an attribute, because torch.compile cannot read a ContextVar
+    name = "auto"
+
+
+_requested = _Requested()
 
 
 def available() -> dict[str, str | None]:
@@ -65,13 +70,13 @@ def available() -> dict[str, str | None]:
 
 
 def select(name: str = "auto") -> Backend:
-    """The backend called ``name``; "auto" takes that of :func:`use_backend`, or the best usable one.
+    """The backend called ``name``; "auto": that of :func:`use_backend`, or the best usable one.
 
     Raises:
         ValueError: unknown name, or a backend that is not usable here.
     """
     if name == "auto":
-        name = _requested.get()
+        name = _requested.name
     return reference_backend if name == "auto" else _named(name)
 
 
@@ -84,11 +89,11 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if name != "auto":
         _named(name)
-    token = _requested.set(name)
+    outer, _requested.name = _requested.name, name
     try:
         yield
     finally:
-        _requested.reset(token)
+        _requested.name = outer
 
 
 def _load(name: str) -> tuple[Backend | None, str | None]:

@@ -1,4 +1,4 @@
-"""The stages in plain PyTorch: the truth every other backend is held to, and the path that always works.
+"""The stages in plain PyTorch: the truth for every other backend, and the path that always works.
 
 Order of operations: the LoRA delta is written first and the base product is added in place
 (``addmm_``), so the sum is rounded once. Thin products run over blocks of rows: a block of X (or
@@ -156,9 +156,7 @@ def grad_shrink(dS: Tensor, X: Tensor, mask: Tensor | None, A: Tensor) -> Tensor
     return dA.to(A.dtype)
 
 
-def grad_input(
-    dY: Tensor, W: Tensor, dS: Tensor | None, A: Tensor, mask: Tensor | None
-) -> Tensor:
+def grad_input(dY: Tensor, W: Tensor, dS: Tensor | None, A: Tensor, mask: Tensor | None) -> Tensor:
     """``dX = dY W + m∘(dS A)``: (M, K), dtype of dY; dS None leaves out the second term."""
     if dS is None:
         return dY @ W
@@ -171,7 +169,7 @@ def grad_input(
 
 
 def delta(A: Tensor, B: Tensor, scaling: float | Tensor, blocks: Blocks) -> Tensor:
-    """``ΔW = scaling * B_g A_g`` on the rows of adapted block g, zero elsewhere: (N, K), dtype of B."""
+    """``ΔW``: ``scaling * B_g A_g`` on the rows of adapted block g, else 0: (N, K), dtype of B."""
     dW = B.new_zeros(A.shape[1], blocks.out_features)
     for g, (A_g, B_g) in enumerate(blocks.factors(A, B)):
         out = blocks.output(dW, g)

@@ -1,9 +1,9 @@
 """The stages of a convolution with a low-rank update (LoCon), in plain PyTorch.
 
 As for a linear layer, with a convolution by the kernel-sized down factor A in the place of ``X Aᵀ``
-and a 1x1 convolution by the up factor B in the place of ``S Bᵀ``. A grouped convolution has factors of
-its own for each group. Sizes: n samples, C = in_channels, O = out_channels, g groups, L positions of
-the output, R = g * r.
+and a 1x1 convolution by the up factor B in the place of ``S Bᵀ``. A grouped convolution has
+factors of its own for each group. Sizes: n samples, C = in_channels, O = out_channels, g groups,
+R = g * r.
 """
 
 from collections.abc import Iterator
@@ -94,10 +94,8 @@ def _samples(X: Tensor) -> Iterator[slice]:
     return row_blocks(len(X), X[0].numel()) if len(X) else iter(())
 
 
-def shrink(
-    X: Tensor, A: Tensor, c: float | Tensor, mask: Tensor | None, at: Geometry
-) -> Tensor:
-    """``S = c * conv(m∘X, A)``: (n, R, *out) in the accumulation dtype, from A (R, C / g, *kernel)."""
+def shrink(X: Tensor, A: Tensor, c: float | Tensor, mask: Tensor | None, at: Geometry) -> Tensor:
+    """``S = c * conv(m∘X, A)``: (n, R, *out), accumulation dtype, from A (R, C / g, *kernel)."""
     A = A.to(accumulation_dtype(X.dtype))
     parts = [
         conv(keep(X[i], None if mask is None else mask[i], at).to(A.dtype), A, None, at)
@@ -106,9 +104,7 @@ def shrink(
     return torch.cat(parts).mul_(c) if parts else conv(X.to(A.dtype), A, None, at)
 
 
-def expand(
-    X: Tensor, W: Tensor, bias: Tensor | None, S: Tensor, B: Tensor, at: Geometry
-) -> Tensor:
+def expand(X: Tensor, W: Tensor, bias: Tensor | None, S: Tensor, B: Tensor, at: Geometry) -> Tensor:
     """``Y = conv(X, W) + bias + B S``: (n, O, *out), dtype of X, from B (O, r)."""
     Y = conv(X, W, bias, at)
     B = B.to(S.dtype)

@@ -11,7 +11,7 @@ from fastlora.backends.reference import accumulation_dtype, row_blocks
 
 
 def shrink(index: Tensor, A: Tensor, scaling: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """``S = scaling * A[:, index]ᵀ``: (M, r) in the accumulation dtype of ``dtype``, from A (r, V)."""
+    """``S = scaling * A[:, index]ᵀ``: (M, r), accumulation dtype of ``dtype``, from A (r, V)."""
     return A.index_select(1, index).t().to(accumulation_dtype(dtype)).mul(scaling)
 
 

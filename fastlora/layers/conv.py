@@ -17,7 +17,7 @@ FACTORIZATIONS = ("loralib", "locon", "tucker")
 
 
 def use_plain_names(state_dict: dict[str, Any], prefix: str) -> None:
-    """Renames a layer's ``conv.weight`` and ``conv.bias`` in a checkpoint to those of ``nn.Conv2d``.
+    """Renames a layer's ``conv.weight`` and ``conv.bias`` in a checkpoint as in ``nn.Conv2d``.
 
     loralib 0.1.2 keeps them under the former names, its later sources under both.
     """
@@ -83,7 +83,7 @@ class ConvLoRA(LoRALayer, nn.modules.conv._ConvNd):
             expected = ", ".join(repr(f) for f in FACTORIZATIONS)
             raise ValueError(f"factorization: got {factorization!r}, expected one of {expected}")
         # the plain convolution is next but one in the order of resolution: Conv2d -> ConvLoRA -> it
-        super().__init__(in_channels, out_channels, kernel_size, **kwargs)
+        super().__init__(in_channels, out_channels, kernel_size, **kwargs)  # type: ignore[arg-type]
         self.factorization = factorization
         self._init_lora(
             r,
@@ -157,24 +157,25 @@ class ConvLoRA(LoRALayer, nn.modules.conv._ConvNd):
 
     def forward(self, x: Tensor) -> Tensor:
         """As the plain convolution."""
-        bias = self.bias
-        if hasattr(self, "lora_bias"):
+        bias: Tensor | None = self.bias
+        lora: dict[str, Tensor] = {**self.lora_parameters()}
+        if "lora_bias" in lora:
             whole = Blocks.single(self.out_channels)
             dtype = self.weight.dtype
-            bias = functional.add_lora_bias(bias, self.lora_bias, self.scaling, whole, dtype)
+            bias = functional.add_lora_bias(bias, lora["lora_bias"], self.scaling, whole, dtype)
         if self._uses_base_only():
             return self._conv_forward(x, self.weight, bias)
         p, training = active_dropout(self.lora_dropout)
-        lora = self.lora_parameters()
         if self.factorization == "loralib":
-            function, A, B = functional.lora_conv_dense, self.lora_A, self.lora_B
+            function, down, up = functional.lora_conv_dense, lora["lora_A"], lora["lora_B"]
         else:
-            function, A, B = functional.lora_conv, self._down_kernel(lora), self.lora_B.flatten(1)
+            function, up = functional.lora_conv, lora["lora_B"].flatten(1)
+            down = self._down_kernel(lora)
         return function(
             x,
             self.weight,
-            A,
-            B,
+            down,
+            up,
             scaling=self.scaling,
             bias=bias,
             stride=self.stride,
@@ -212,7 +213,7 @@ class Conv1d(ConvLoRA, nn.Conv1d):
 
 
 class Conv2d(ConvLoRA, nn.Conv2d):
-    """``nn.Conv2d`` with a low-rank update; a drop-in for ``loralib.Conv2d``; see :class:`ConvLoRA`."""
+    """``nn.Conv2d`` with a low-rank update, as ``loralib.Conv2d``; see :class:`ConvLoRA`."""
 
 
 class Conv3d(ConvLoRA, nn.Conv3d):

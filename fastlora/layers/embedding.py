@@ -24,13 +24,13 @@ class Embedding(LoRALayer, nn.Embedding):
         lora_alpha: ``scaling = lora_alpha / r``.
         merge_weights: ``eval()`` merges the update into the table, ``train()`` takes it out again.
         use_rslora: ``scaling = lora_alpha / sqrt(r)``.
-        init_lora_weights: True (A zero, B normal, as in loralib: only rows that were looked up get a
-            gradient, so A stays sparse), "gaussian" (A normal with standard deviation 1 / r, B
+        init_lora_weights: True (A zero, B normal, as in loralib: only rows that were looked up get
+            a gradient, so A stays sparse), "gaussian" (A normal with standard deviation 1 / r, B
             zero) or False (neither zero).
         lora_dtype: As for :class:`fastlora.Linear`.
-        **kwargs: Those of ``nn.Embedding``. ``max_norm`` is refused where ``r > 0``: it rewrites the
-            table while it is read, so the merged and unmerged layer would differ. ``sparse`` is
-            accepted; the factors' gradients are dense.
+        **kwargs: Those of ``nn.Embedding``. ``max_norm`` is refused where ``r > 0``: it rewrites
+            the table while it is read, so the merged and unmerged layer would differ. ``sparse``
+            is accepted; the factors' gradients are dense.
 
     Raises:
         ValueError, TypeError: an option is wrong; nothing was built.
@@ -90,8 +90,8 @@ class Embedding(LoRALayer, nn.Embedding):
             )
         names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
         kept = {name: getattr(module, name) for name in names}
-        sizes = (module.num_embeddings, module.embedding_dim)
-        return cls(*sizes, **kept, **options, **META)
+        kept |= {"num_embeddings": module.num_embeddings, "embedding_dim": module.embedding_dim}
+        return cls(**kept, **options, **META)
 
     def reset_lora_parameters(self) -> None:
         """Draws the factors anew as ``init_lora_weights`` says."""

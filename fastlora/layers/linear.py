@@ -1,7 +1,7 @@
 """``Linear`` with a low-rank update."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,44 +17,15 @@ class BlockLinear(LoRALayer, nn.Linear):
     """What Linear and MergedLinear share: a linear layer whose output is one or several blocks."""
 
     blocks: Blocks
+    fan_in_fan_out: bool
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float,
-        fan_in_fan_out: bool,
-        merge_weights: bool,
-        blocks: Blocks,
-        use_rslora: bool,
-        lora_bias: bool,
-        init_lora_weights: bool | str,
-        lora_dtype: Any,
-        backend: str,
-        **kwargs: Any,
-    ) -> None:
-        check_options(r, lora_alpha, lora_dropout, init_lora_weights)
-        nn.Linear.__init__(self, in_features, out_features, **kwargs)
-        self._init_lora(
-            r,
-            lora_alpha,
-            lora_dropout,
-            merge_weights,
-            use_rslora,
-            init_lora_weights,
-            lora_dtype,
-            backend,
-        )
-        self.fan_in_fan_out = False
+    def _init_blocks(self, blocks: Blocks, fan_in_fan_out: bool, lora_bias: bool) -> None:
+        """Adds the factors, draws all parameters, turns the weight if it is stored (in, out)."""
         self.blocks = blocks
-        if r > 0 and blocks.count:
+        self.fan_in_fan_out = False
+        if self.r > 0 and blocks.count:
             n = blocks.adapted_features
-            shapes: dict[str, tuple[int, ...]] = {
-                "lora_A": (r * blocks.count, in_features),
-                "lora_B": (n, r),
-            }
+            shapes = {"lora_A": (self.r * blocks.count, self.in_features), "lora_B": (n, self.r)}
             self._add_factors(**shapes, **({"lora_bias": (n,)} if lora_bias else {}))
         self.reset_parameters()
         if fan_in_fan_out:
@@ -70,9 +41,11 @@ class BlockLinear(LoRALayer, nn.Linear):
                 f"module: got {type(module).__qualname__}, expected torch.nn.Linear or Hugging "
                 "Face's Conv1D itself (a subclass's own forward would be lost)"
             )
-        sizes = module.weight.shape if conv1d else reversed(module.weight.shape)
+        first, second = cast(Tensor, module.weight).shape
+        sizes = (first, second) if conv1d else (second, first)
+        make: Callable[..., Self] = cls
         bias = module.bias is not None
-        return cls(*sizes, fan_in_fan_out=conv1d, bias=bias, **options, **META)
+        return make(*sizes, fan_in_fan_out=conv1d, bias=bias, **options, **META)
 
     def reset_parameters(self) -> None:
         """Draws the base weight like ``nn.Linear``, then the factors."""
@@ -88,11 +61,11 @@ class BlockLinear(LoRALayer, nn.Linear):
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
         lora_bias = getattr(self, "lora_bias", None)
         if self._uses_base_only():
-            bias = self.bias
-            if lora_bias is not None:
-                bias = functional.add_lora_bias(
-                    bias, lora_bias, self.scaling, self.blocks, weight.dtype
-                )
+            if lora_bias is None:
+                return F.linear(x, weight, self.bias)
+            bias = functional.add_lora_bias(
+                self.bias, lora_bias, self.scaling, self.blocks, weight.dtype
+            )
             return F.linear(x, weight, bias)
         p, training = active_dropout(self.lora_dropout)
         return functional.block_lora_linear(
@@ -174,22 +147,19 @@ class Linear(BlockLinear):
         backend: str = "auto",
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            in_features,
-            out_features,
+        check_options(r, lora_alpha, lora_dropout, init_lora_weights)
+        nn.Linear.__init__(self, in_features, out_features, **kwargs)
+        self._init_lora(
             r,
             lora_alpha,
             lora_dropout,
-            fan_in_fan_out,
             merge_weights,
-            Blocks.single(out_features),
             use_rslora,
-            lora_bias,
             init_lora_weights,
             lora_dtype,
             backend,
-            **kwargs,
         )
+        self._init_blocks(Blocks.single(out_features), fan_in_fan_out, lora_bias)
 
     @classmethod
     def from_linear(cls, module: nn.Module, r: int, **options: Any) -> "Linear":

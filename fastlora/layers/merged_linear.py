@@ -6,11 +6,12 @@ from typing import Any
 from torch import nn
 
 from fastlora import checks
+from fastlora.layers.base import check_options
 from fastlora.layers.linear import BlockLinear
 
 
 class MergedLinear(BlockLinear):
-    """A linear layer that holds several projections, say q, k and v; drop-in for ``loralib.MergedLinear``.
+    """A linear layer that holds several projections, say q, k and v; drop-in for loralib's.
 
     Each adapted block has its own factors; a block that is not adapted is the plain product, bit
     for bit. No ``ΔW`` is formed in forward or backward.
@@ -63,23 +64,21 @@ class MergedLinear(BlockLinear):
         backend: str = "auto",
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            in_features,
-            out_features,
+        blocks = checks.blocks(out_features, enable_lora, out_splits, interleave)
+        check_options(r, lora_alpha, lora_dropout, init_lora_weights)
+        nn.Linear.__init__(self, in_features, out_features, **kwargs)
+        self._init_lora(
             r,
             lora_alpha,
             lora_dropout,
-            fan_in_fan_out,
             merge_weights,
-            checks.blocks(out_features, enable_lora, out_splits, interleave),
             use_rslora,
-            lora_bias,
             init_lora_weights,
             lora_dtype,
             backend,
-            **kwargs,
         )
-        self.enable_lora = list(self.blocks.enabled)
+        self._init_blocks(blocks, fan_in_fan_out, lora_bias)
+        self.enable_lora = list(blocks.enabled)
 
     @classmethod
     def from_linear(
@@ -102,4 +101,6 @@ class MergedLinear(BlockLinear):
         text = f"{super().extra_repr()}, enable_lora={self.enable_lora}"
         if len(set(self.blocks.splits)) > 1:
             text += f", out_splits={list(self.blocks.splits)}"
-        return text if self.blocks.interleave == 1 else f"{text}, interleave={self.blocks.interleave}"
+        return (
+            text if self.blocks.interleave == 1 else f"{text}, interleave={self.blocks.interleave}"
+        )

@@ -1,0 +1,245 @@
+"""Merging a layer's update into its weight and out again; the state_dict is the same either way."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from fastlora import checks
+from fastlora import merge as merging
+
+NOT_LOADED = "nothing of this layer was loaded"
+
+
+class Mergeable(nn.Module):
+    """A layer whose frozen weight can take its low-rank update in and give it back, bit for bit.
+
+    Attributes:
+        scaling: Factor of the update.
+        merge_weights: Whether ``eval()`` merges and ``train()`` unmerges.
+        weight_is_shared: Whether another module holds the same weight, which then is never merged.
+    """
+
+    scaling: float
+    merge_weights: bool
+    weight_is_shared: bool
+    weight: Tensor
+    _merge_record: merging.MergeRecord | None
+    _merged_state: tuple[Any, ...]
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the layer has factors (``r > 0`` and a block to adapt)."""
+        return hasattr(self, "lora_A")
+
+    def _merge_terms(self, weight: Tensor, lora: Mapping[str, Tensor]) -> list[merging.Term]:
+        """The parts of ``weight`` (this layer's, or one like it) and their deltas by ``lora``."""
+        raise TypeError(f"{type(self).__name__} does not say how its delta is merged")
+
+    @property
+    def merged(self) -> bool:
+        """Whether the weight now holds ``W0 + ΔW``."""
+        return self._merge_record is not None
+
+    @property
+    def merge_nbytes(self) -> int:
+        """Bytes kept to undo the merge; 0 where the layer is not merged."""
+        return self._merge_record.nbytes if self._merge_record else 0
+
+    def delta_weight(self) -> Tensor:
+        """``ΔW``, the update the factors stand for: shape and dtype of the weight."""
+        delta = torch.zeros_like(self.weight)
+        if self.adapted:
+            merging.add_delta(self._merge_terms(delta, self.lora_parameters()), float(self.scaling))
+        return delta
+
+    def merge(self) -> None:
+        """Adds ``ΔW`` to the weight in place, rounded once; anew, if the factors have changed.
+
+        Raises:
+            MergeError: NaN or Inf in the factors, or overflow; the layer is as it was.
+            ValueError: the weight is shared with another module, whose output would change.
+        """
+        if not self.adapted or (self.merged and not self._merge_is_stale()):
+            return
+        if self.weight_is_shared:
+            raise ValueError(
+                f"merge: the weight of this {type(self).__name__} is shared with another module, "
+                "whose output would change with it; untie the weights first"
+            )
+        self._merge(self.lora_parameters(), float(self.scaling))
+
+    def unmerge(self) -> None:
+        """Gives back the weight as it was before :meth:`merge`, bit for bit.
+
+        Raises:
+            MergeError: the weight was edited while merged; the layer is as it was.
+        """
+        if self._merge_record is not None:
+            own = self._merge_terms(self.weight.detach(), self.lora_parameters())
+            self._merge_record.unmerge(own)
+            self._merge_record, self._merged_state = None, ()
+
+    def switch(self, factors: Mapping[str, Tensor], scaling: float | None = None) -> None:
+        """Takes other factors; a merged weight goes from one delta to the other in one pass.
+
+        Args:
+            factors: This layer's ``lora_*`` tensors by name; all of them, in their shapes.
+            scaling: Scaling of the new factors; None keeps the present one.
+
+        Raises:
+            KeyError: a factor is missing or unknown.
+            ValueError: a factor's shape is wrong.
+            MergeError: NaN or Inf in the factors, or overflow; the layer is as it was.
+        """
+        self.check_factors(factors)
+        scaling = self.scaling if scaling is None else scaling
+        own = self.lora_parameters()
+        with torch.no_grad():
+            if self.merged:
+                rounded = {name: factors[name].to(p.device, p.dtype) for name, p in own.items()}
+                self._merge(rounded, float(scaling))
+            for name, parameter in own.items():
+                parameter.copy_(factors[name])
+        self.scaling = scaling
+        self._merged_state = self._factor_state() if self.merged else ()
+
+    def check_factors(self, factors: Mapping[str, Tensor]) -> None:
+        """Raises KeyError or ValueError unless ``factors`` are this layer's, by name and shape."""
+        own = self.lora_parameters()
+        if own.keys() != factors.keys():
+            raise KeyError(f"factors: got {sorted(factors)}, expected {sorted(own)}")
+        for name, parameter in own.items():
+            checks.shape(name, factors[name], tuple(parameter.shape), "shape in this layer")
+
+    def lora_parameters(self) -> dict[str, nn.Parameter]:
+        """The layer's factors (and ``lora_bias``) by name."""
+        own = self._parameters.items()
+        return {name: p for name, p in own if p is not None and name.startswith("lora_")}
+
+    def _merge(self, lora: Mapping[str, Tensor], scaling: float) -> None:
+        terms = self._merge_terms(self.weight.detach(), lora)
+        if self._merge_record is None:
+            self._merge_record = merging.merge(terms, scaling)
+        else:
+            self._merge_record = merging.switch(terms, scaling, self._merge_record)
+        self._merged_state = self._factor_state()
+
+    def _factor_state(self) -> tuple[Any, ...]:
+        # the identity is kept with the counter: a copied or unpickled layer has other counters
+        counters = (
+            (id(p), None if p.is_inference() else p._version)
+            for name, p in self.lora_parameters().items()
+            if name != "lora_bias"
+        )
+        return (float(self.scaling), *counters)
+
+    def _merge_is_stale(self) -> bool:
+        """Whether factors or scaling have changed since the merge, as far as autograd counts it."""
+        if not self.merged:
+            return False
+        (scaling, *then), (scaling_now, *now) = self._merged_state, self._factor_state()
+        return scaling != scaling_now or any(
+            a != b for a, b in zip(then, now, strict=True) if a[0] == b[0]
+        )
+
+    def _uses_base_only(self) -> bool:
+        """Whether forward is the plain layer's; warns where the merged delta is out of date."""
+        if not self.merged:
+            return not self.adapted
+        if not torch.compiler.is_compiling() and self._merge_is_stale():
+            warnings.warn(
+                f"{type(self).__name__}: the factors have changed since they were merged, and the "
+                "output does not show it; call merge() again, or train() to unmerge",
+                stacklevel=3,
+            )
+        return True
+
+    def train(self, mode: bool = True) -> Self:
+        """Sets training mode; with ``merge_weights``, ``False`` merges and ``True`` unmerges."""
+        super().train(mode)
+        if self.merge_weights and self.adapted:
+            if mode:
+                self.unmerge()
+            elif not self.weight_is_shared:
+                self.merge()
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # a merged weight cannot follow a change of dtype or device exactly: its pristine self can
+        merged = self.merged
+        self.unmerge()
+        super()._apply(fn, recurse)
+        if merged:
+            self.merge()
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._merge_record is not None:
+            pristine = self.weight.detach().clone()
+            self._merge_record.unmerge(self._merge_terms(pristine, self.lora_parameters()))
+            destination[prefix + "weight"] = pristine
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        problems = list(self._checkpoint_problems(state_dict, prefix))
+        if problems:
+            error_msgs.extend(problems)
+            return
+        merged = self.merged
+        self.unmerge()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if merged:
+            self.merge()
+
+    def _checkpoint_problems(self, state_dict: Mapping[str, Any], prefix: str) -> Iterator[str]:
+        """Reasons to refuse this layer's part of a checkpoint, found before anything is copied."""
+        own = {**self._parameters, **self._buffers}
+        for name, t in own.items():
+            new = state_dict.get(prefix + name)
+            if t is not None and isinstance(new, Tensor) and new.shape != t.shape:
+                got, expected = tuple(new.shape), tuple(t.shape)
+                yield f"{prefix}{name}: got shape {got}, expected {expected}; {NOT_LOADED}"
+        lora = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
+        lora = {name: t for name, t in lora.items() if name.startswith("lora_")}
+        if missing := sorted(self.lora_parameters().keys() - lora.keys()) if lora else []:
+            yield (
+                f"{prefix}{missing[0]}: is missing, while {sorted(lora)} are there; {NOT_LOADED}"
+            )
+            return
+        weight = state_dict.get(prefix + "weight")
+        if weight is None or not lora or weight.shape != self.weight.shape:
+            return
+        if self.looks_merged(weight, lora):
+            yield (
+                f"{prefix}weight: already holds the update of {sorted(lora)}, which would count "
+                "twice (loralib saves so in eval mode); load it with fastlora.adapters.load(model, "
+                f"state_dict, assume_merged=True); {NOT_LOADED}"
+            )
+
+    def looks_merged(self, weight: Tensor, lora: Mapping[str, Tensor]) -> bool:
+        """Whether ``weight`` is this layer's own base plus the delta of ``lora``."""
+        if self.weight.is_meta or weight.is_meta or not self.adapted:
+            return False
+        base = self.state_dict()["weight"]
+        weight = weight.to(base.device, base.dtype)
+        lora = {name: t.to(base.device) for name, t in lora.items()}
+        return merging.is_merged(
+            self._merge_terms(base, lora), self._merge_terms(weight, lora), float(self.scaling)
+        )
