@@ -66,11 +66,14 @@ def load_state_dict(
             )
     now = model.state_dict()
     before = {key: now[key].clone() for key in state}
+    merged = [layer for layer in layers.values() if layer.merged]
     try:
         model.load_state_dict(state, strict=False)
     except Exception:
-        # what only merging can find out: an update that overflows the weight's dtype, say
+        # what only merging can find out: NaN in a factor, an update that overflows the dtype
         model.load_state_dict(before, strict=False)
+        for layer in merged:
+            layer.merge()
         raise
 
 

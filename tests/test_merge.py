@@ -1,0 +1,364 @@
+import contextlib
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import fastlora
+from fastlora import merge as merging
+from fastlora.merge import MergeError, Term
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def bits(t):
+    return t.detach().clone().contiguous().view(INT[t.element_size()])
+
+
+def randomize(layer, std=0.1):
+    with torch.no_grad():
+        for parameter in layer.lora_parameters().values():
+            parameter.normal_(std=std)
+
+
+def layers(dtype=torch.float32):
+    yield fastlora.Linear(40, 24, r=4, dtype=dtype)
+    yield fastlora.Linear(40, 24, r=4, fan_in_fan_out=True, dtype=dtype)
+    on = [True, False, True]
+    yield fastlora.MergedLinear(40, 24, r=2, enable_lora=on, dtype=dtype)
+    yield fastlora.MergedLinear(40, 24, r=2, enable_lora=on, fan_in_fan_out=True, dtype=dtype)
+    split = {"out_splits": [12, 6, 6], "interleave": 3}
+    yield fastlora.MergedLinear(40, 24, r=2, enable_lora=on, **split, dtype=dtype)
+    yield fastlora.Embedding(40, 24, r=4, dtype=dtype)
+    for factorization in ("loralib", "locon", "tucker"):
+        options = {"r": 2, "groups": 2, "factorization": factorization, "dtype": dtype}
+        yield fastlora.Conv1d(4, 6, 3, **options)
+        yield fastlora.Conv2d(4, 6, (3, 2), **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_thousand_cycles_give_the_weight_back_bit_for_bit(dtype):
+    torch.manual_seed(0)
+    layer = fastlora.Linear(48, 40, r=4, lora_alpha=8, dtype=dtype, lora_dtype=torch.float32)
+    before = bits(layer.weight)
+    for cycle in range(1000):
+        layer.scaling = 2.0 ** (cycle % 5 - 2)
+        randomize(layer)
+        layer.eval()
+        assert layer.merged
+        randomize(layer)
+        layer.scaling = 3.0
+        layer.train()
+    assert torch.equal(bits(layer.weight), before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_layer_merges_to_its_delta_and_back(dtype):
+    torch.manual_seed(0)
+    for layer in layers(dtype):
+        randomize(layer)
+        before = layer.weight.detach().clone()
+        expected = before.double() + layer.double().delta_weight()
+        layer.to(dtype)
+        layer.eval()
+        assert torch.equal(layer.weight, merging._round(expected.detach(), dtype)), layer
+        layer.train()
+        assert torch.equal(bits(layer.weight), bits(before)), layer
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merged_weight_is_the_nearest_representable(dtype):
+    torch.manual_seed(0)
+    weight = torch.randn(256, 512).mul(0.02).to(dtype)
+    left, right = torch.randn(256, 8), torch.randn(8, 512) * 1e-3
+    exact = weight.double() + 0.7 * (left.double() @ right.double())
+    merging.merge([Term(weight, left, right)], 0.7)
+    error = (weight.double() - exact).abs()
+    for toward in (math.inf, -math.inf):
+        step = 1 if toward > 0 else -1
+        order = merging._order(weight) + step
+        neighbour = merging._flip_negative(order).view(dtype).double()
+        assert (error <= (neighbour - exact).abs()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounding_to_16_bits_happens_once(dtype):
+    tie = torch.tensor(1.0, dtype=dtype).double() + torch.finfo(dtype).eps / 2
+    above, below = tie + 2.0**-40, tie - 2.0**-40
+    values = torch.stack([above, below, tie, -above, -below, -tie, torch.zeros(()), tie * 2**-20])
+    up = 1.0 + torch.finfo(dtype).eps
+    expected = torch.tensor([up, 1.0, 1.0, -up, -1.0, -1.0, 0.0], dtype=torch.float64)
+    assert torch.equal(merging._round(values, dtype)[:-1].double(), expected)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_odd_values_come_back(dtype):
+    tiny = torch.finfo(dtype).tiny
+    odd = [0.0, -0.0, math.inf, -math.inf, math.nan, tiny, -tiny / 4, torch.finfo(dtype).max / 2]
+    weight = torch.tensor(odd * 8, dtype=dtype).view(8, 8)
+    bits(weight)[3, 4] ^= 1
+    before = bits(weight)
+    term = Term(weight, torch.randn(8, 3), torch.randn(3, 8))
+    record = merging.merge([term], 0.5)
+    record.unmerge([term])
+    assert torch.equal(bits(weight), before)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.bfloat16, 0.75), (torch.float16, 0.75), (torch.float32, 1.0)]
+)
+def test_undoing_costs_less_than_a_byte_a_weight(dtype, limit):
+    torch.manual_seed(0)
+    layer = fastlora.Linear(1024, 1024, r=16, lora_alpha=16, dtype=dtype)
+    with torch.no_grad():
+        layer.weight.normal_(std=0.02)
+        layer.lora_A.normal_(std=0.02)
+        # an update a tenth of the weight
+        layer.lora_B.normal_(std=0.002 / 0.02 / 4)
+    before = bits(layer.weight)
+    layer.merge()
+    assert layer.merge_nbytes < limit * layer.weight.numel()
+    layer.unmerge()
+    assert torch.equal(bits(layer.weight), before)
+    assert layer.merge_nbytes == 0
+
+
+def test_incompressible_weights_are_kept_whole():
+    weight = torch.randn(64, 64, dtype=torch.float64)
+    before = weight.clone()
+    term = Term(weight, torch.randn(64, 2, dtype=torch.float64), torch.randn(2, 64).double())
+    record = merging.merge([term], 1.0)
+    assert weight.nbytes <= record.nbytes <= weight.nbytes + 64 * 2 * 24
+    record.unmerge([term])
+    assert torch.equal(weight, before)
+
+
+def test_the_prediction_does_not_depend_on_the_order_of_summation():
+    torch.manual_seed(0)
+    for r in (1, 3, 16, 64, 256):
+        weight = torch.zeros(32, 48)
+        left, right = torch.randn(32, r) * 100, torch.randn(r, 48) * 1e-3
+        predictor = merging._Predictor.of(Term(weight, left, right), 1.7)
+        q_left, q_right = predictor.left.long(), predictor.right.long()
+        exact = q_left @ q_right
+        assert exact.abs().max() <= 2**53
+        assert torch.equal(q_left.double() @ q_right.double(), exact.double())
+        order = torch.randperm(r)
+        assert torch.equal(q_left.double()[:, order] @ q_right.double()[order], exact.double())
+
+
+def test_thread_count_may_change_while_merged():
+    torch.manual_seed(0)
+    layer = fastlora.Linear(700, 600, r=16, dtype=torch.bfloat16, init_lora_weights=False)
+    before, threads = bits(layer.weight), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        layer.merge()
+        torch.set_num_threads(2)
+        layer.unmerge()
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(bits(layer.weight), before)
+
+
+@pytest.mark.parametrize(
+    "context",
+    [
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        torch.inference_mode,
+        torch.no_grad,
+        contextlib.nullcontext,
+    ],
+)
+def test_merge_is_the_same_in_any_context(context):
+    torch.manual_seed(0)
+    layer = fastlora.Linear(40, 24, r=4, init_lora_weights=False)
+    before = layer.weight.detach().clone()
+    expected = merging._round((before.double() + layer.delta_weight().double()), torch.float32)
+    with context():
+        layer.eval()
+        assert torch.allclose(layer.weight, expected, rtol=0, atol=1e-7)
+        merged = layer.weight.clone()
+    layer.train()
+    assert torch.equal(layer.weight, before)
+    layer.eval()
+    assert torch.equal(layer.weight, merged)
+
+
+def test_state_dict_is_the_same_merged_or_not():
+    torch.manual_seed(0)
+    for layer in layers(torch.bfloat16):
+        randomize(layer)
+        before = {key: t.clone() for key, t in layer.state_dict().items()}
+        layer.eval()
+        assert layer.merged
+        after = layer.state_dict()
+        assert list(before) == list(after)
+        assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_loading_into_a_merged_layer_merges_what_was_loaded():
+    torch.manual_seed(0)
+    source, target = (fastlora.Linear(40, 24, r=4, init_lora_weights=False) for _ in range(2))
+    target.eval()
+    target.load_state_dict(source.state_dict())
+    assert target.merged
+    expected = source.weight.detach().clone()
+    source.eval()
+    assert torch.equal(target.weight, source.weight)
+    target.train()
+    assert torch.equal(target.weight, expected)
+
+
+def test_switch_is_a_merge_from_scratch():
+    torch.manual_seed(0)
+    for layer in layers(torch.bfloat16):
+        randomize(layer)
+        before = bits(layer.weight)
+        new = {name: torch.randn_like(p) * 0.1 for name, p in layer.lora_parameters().items()}
+        layer.merge()
+        layer.switch(new, scaling=0.3)
+        assert layer.scaling == 0.3
+        assert all(torch.equal(p, new[name]) for name, p in layer.lora_parameters().items())
+        switched = bits(layer.weight)
+        layer.unmerge()
+        assert torch.equal(bits(layer.weight), before)
+        layer.merge()
+        assert torch.equal(bits(layer.weight), switched)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_refused_switch_changes_nothing(merged):
+    layer = fastlora.Linear(40, 24, r=4, init_lora_weights=False)
+    if merged:
+        layer.merge()
+    before = {name: p.clone() for name, p in layer.named_parameters()}
+    good = {name: torch.zeros_like(p) for name, p in layer.lora_parameters().items()}
+    bad = [
+        (KeyError, {"lora_A": good["lora_A"]}),
+        (KeyError, {**good, "lora_C": good["lora_A"]}),
+        (ValueError, {**good, "lora_B": good["lora_B"].t()}),
+    ]
+    if merged:
+        bad.append((MergeError, {**good, "lora_A": good["lora_A"] + math.nan}))
+    for error, factors in bad:
+        with pytest.raises(error):
+            layer.switch(factors, scaling=9.0)
+        assert layer.scaling == 0.25
+        assert layer.merged is merged
+        assert all(torch.equal(p, before[name]) for name, p in layer.named_parameters())
+
+
+def test_a_changed_factor_is_noticed_while_merged():
+    layer = fastlora.Linear(8, 6, r=2, init_lora_weights=False).eval()
+    x = torch.randn(3, 8)
+    layer(x)
+    with torch.no_grad():
+        layer.lora_B.add_(1)
+    with pytest.warns(UserWarning, match="have changed since they were merged"):
+        layer(x)
+    layer.merge()
+    expected = layer(x)
+    layer.train()
+    assert torch.allclose(layer(x), expected, atol=1e-5)
+
+
+def test_an_edited_weight_is_refused():
+    layer = fastlora.Linear(8, 6, r=2, init_lora_weights=False).eval()
+    layer.weight.data[0, 0] += 1
+    edited = layer.weight.clone()
+    with pytest.raises(MergeError, match="edited while merged"):
+        layer.train()
+    assert torch.equal(layer.weight, edited)
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_broken_adapter_leaves_the_weight(poison):
+    layer = fastlora.Linear(8, 6, r=2, init_lora_weights=False)
+    with torch.no_grad():
+        layer.lora_A[1, 3] = poison
+    before = layer.weight.clone()
+    with pytest.raises(MergeError, match="NaN or Inf"):
+        layer.merge()
+    assert torch.equal(layer.weight, before)
+    assert not layer.merged
+
+
+def test_overflow_is_refused_before_anything_is_written():
+    layer = fastlora.Linear(8, 600, r=2, dtype=torch.float16, lora_dtype=torch.float32)
+    with torch.no_grad():
+        layer.lora_A.fill_(300)
+        layer.lora_B[-1] = 300
+    before = layer.weight.clone()
+    with pytest.raises(MergeError, match="overflow"):
+        layer.merge()
+    assert torch.equal(layer.weight, before)
+    with torch.no_grad():
+        # the bound of each factor is as large, the sum is not
+        layer.lora_A[1] *= -1
+    layer.merge()
+    layer.unmerge()
+    assert torch.equal(layer.weight, before)
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        fastlora.Linear(8, 6, r=2, init_lora_weights=False),
+        nn.ReLU(),
+        fastlora.MergedLinear(6, 9, r=1, enable_lora=[True, False, True], init_lora_weights=False),
+    )
+
+
+def test_merged_restores_exactly_even_after_an_exception():
+    net, x = model(), torch.randn(5, 8)
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    expected = net(x)
+    with pytest.raises(ZeroDivisionError), fastlora.merged(net):
+        assert net[0].merged and net[2].merged and net.training
+        assert torch.allclose(net(x), expected, atol=1e-6)
+        raise ZeroDivisionError
+    assert not net[0].merged and not net[2].merged
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+
+
+def test_merged_leaves_what_was_merged():
+    net = model()
+    net[0].merge()
+    with fastlora.merged(net), fastlora.merged(net):
+        assert net[2].merged
+    assert net[0].merged and not net[2].merged
+
+
+def test_merged_with_a_broken_layer_merges_none():
+    net = model()
+    before = net[0].weight.clone()
+    with torch.no_grad():
+        net[2].lora_A.fill_(math.nan)
+    with pytest.raises(MergeError), fastlora.merged(net):
+        raise AssertionError("not reached")
+    assert torch.equal(net[0].weight, before)
+
+
+def test_switching_a_model_is_all_or_nothing():
+    net = model().eval()
+    adapter = {key: torch.randn_like(t) for key, t in fastlora.lora_state_dict(net).items()}
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    broken = {**adapter, "2.lora_B": adapter["2.lora_B"] * math.nan}
+    for error, wrong in [
+        (MergeError, broken),
+        (KeyError, {"0.lora_A": adapter["0.lora_A"]}),
+        (KeyError, {**adapter, "9.lora_A": adapter["0.lora_A"]}),
+        (ValueError, {**adapter, "0.lora_A": adapter["0.lora_B"]}),
+    ]:
+        with pytest.raises(error):
+            fastlora.switch(net, wrong)
+        assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+    fastlora.switch(net, adapter, scaling=0.5)
+    x = torch.randn(5, 8)
+    merged = net(x)
+    net.train()
+    assert torch.allclose(net(x), merged, atol=1e-5)
+    assert net[0].scaling == net[2].scaling == 0.5
