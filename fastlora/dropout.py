@@ -99,13 +99,13 @@ def draw_mask(seed: Tensor, M: int, K: int, t: int, first_row: int = 0) -> Tenso
     words = philox4x32(
         (index & _LOW32, index >> 32, zero, zero), (seed & _LOW32, (seed >> 32) & _LOW32)
     )
-    keep = torch.zeros_like(index)
+    keep = torch.zeros_like(index, dtype=torch.uint8)
     for w, word in enumerate(words):
-        keep += ((word & 0xFFFF) >= t) * (1 << (2 * w))
-        keep += ((word >> 16) >= t) * (2 << (2 * w))
-    inside = torch.arange(0, 8 * row, 8, device=seed.device)
-    valid = (1 << (K - inside).clamp(0, 8)) - 1
-    return (keep.view(M, row) & valid).to(torch.uint8)
+        keep |= ((word & 0xFFFF) >= t).view(torch.uint8) << 2 * w
+        keep |= ((word >> 16) >= t).view(torch.uint8) << 2 * w + 1
+    first_bit = torch.arange(0, 8 * row, 8, device=seed.device)
+    inside = (1 << (K - first_bit).clamp(0, 8)) - 1
+    return keep.view(M, row) & inside.to(torch.uint8)
 
 
 def unpack_mask(mask: Tensor, K: int) -> Tensor:

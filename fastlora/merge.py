@@ -153,7 +153,7 @@ class MergeRecord:
 
 
 def _rewrite(terms: Sequence[Term], scaling: float, old: MergeRecord | None) -> MergeRecord:
-    with torch.no_grad(), torch.autocast(terms[0].weight.device.type, enabled=False):
+    with torch.no_grad():
         if not math.isfinite(scaling):
             raise MergeError(f"scaling: got {scaling}, expected a finite number")
         for term in terms:
@@ -191,11 +191,12 @@ def _merged_blocks(
 
 def _may_overflow(term: Term, scaling: float) -> bool:
     """Whether a bound on the merged values (Cauchy-Schwarz) exceeds the weight's dtype."""
-    finite = term.weight.abs().nan_to_num(0.0, 0.0, 0.0)
-    largest = finite.max().double() if finite.numel() else finite.new_zeros((), dtype=torch.float64)
+    lowest, highest = (t.double() for t in torch.aminmax(term.weight))
     left = term.left.double().norm(dim=1).max()
     right = term.right.double().norm(dim=0).max()
-    return bool(largest + abs(scaling) * left * right >= torch.finfo(term.weight.dtype).max)
+    bound = torch.maximum(-lowest, highest) + abs(scaling) * left * right
+    # the bound is NaN or Inf where the weight holds one, and then says nothing
+    return not bool(bound < torch.finfo(term.weight.dtype).max)
 
 
 def _round(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -286,6 +286,18 @@ def test_a_broken_adapter_leaves_the_weight(poison):
     assert not layer.merged
 
 
+def test_eval_with_a_broken_adapter_warns_and_goes_on_unmerged():
+    layer = fastlora.Linear(8, 6, r=2, init_lora_weights=False)
+    with torch.no_grad():
+        layer.lora_A[1, 3] = math.nan
+    before = layer.weight.clone()
+    with pytest.warns(UserWarning, match="was not merged: lora factors: got NaN"):
+        layer.eval()
+    assert not layer.training and not layer.merged
+    assert torch.equal(layer.weight, before)
+    assert layer(torch.ones(8)).isnan().any()
+
+
 def test_overflow_is_refused_before_anything_is_written():
     layer = fastlora.Linear(8, 600, r=2, dtype=torch.float16, lora_dtype=torch.float32)
     with torch.no_grad():

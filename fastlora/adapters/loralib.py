@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from fastlora import merge as merging
 from fastlora.layers import ConvLoRA, LoRALayer
 from fastlora.layers.conv import use_plain_names
-from fastlora.models import lora_layers
+from fastlora.models import flag_shared_weights, lora_layers
 
 
 def load_state_dict(
@@ -35,6 +35,7 @@ def load_state_dict(
 
     Whatever is raised, the model is as it was.
     """
+    flag_shared_weights(model)
     state = dict(state.get("model_state_dict", state))
     layers = dict(lora_layers(model))
     for prefix in _conv_prefixes(model):

@@ -1,7 +1,7 @@
 """The stages in plain PyTorch: the truth for every other backend, and the path that always works.
 
-Order of operations: the LoRA delta is written first and the base product is added in place
-(``addmm_``), so the sum is rounded once. Thin products run over blocks of rows: a block of X (or
+Order of operations: the LoRA delta is written first and the base product is added in place, so the
+sum is rounded once. Thin products run over blocks of rows: a block of X (or
 dY) is read once, widened to the accumulation dtype and masked in cache, so that neither a dropped
 nor a widened copy of X ever exists.
 
@@ -103,7 +103,8 @@ def expand(
             Y_g = blocks.output(Y[rows], g)
             delta = (S_g[rows] @ B_g).view(Y_g.shape)
             Y_g.copy_(delta if bias is None else delta.add_(blocks.output(bias, g)))
-    return Y.addmm_(X, W.t())
+    # out= rather than addmm_: FLOP counters know only the former
+    return torch.addmm(Y, X, W.t(), out=Y)
 
 
 def grad_expand(
@@ -165,7 +166,7 @@ def grad_input(dY: Tensor, W: Tensor, dS: Tensor | None, A: Tensor, mask: Tensor
     dX = dY.new_empty(M, K)
     for rows in row_blocks(M, K):
         dX[rows] = _keep(dS[rows] @ A, mask, rows)
-    return dX.addmm_(dY, W)
+    return torch.addmm(dX, dY, W, out=dX)
 
 
 def delta(A: Tensor, B: Tensor, scaling: float | Tensor, blocks: Blocks) -> Tensor:

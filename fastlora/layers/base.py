@@ -55,7 +55,9 @@ class LoRALayer(Mergeable):
         self._lora_dtype = lora_dtype
         self.weight_is_shared = False
         self._merge_record = None
-        self._merged_state = ()
+        self._merged_factors = {}
+        self._merged_scaling = 0.0
+        self._merged_counters = []
 
     def _add_factors(self, **shapes: tuple[int, ...]) -> None:
         """Registers factors of these shapes, sets ``scaling`` and freezes the base weight."""

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from fastlora import functional
+from fastlora.backends.reference import accumulation_dtype
 from fastlora.blocks import Blocks
 from fastlora.layers.base import META, LoRALayer, active_dropout, check_options
 from fastlora.merge import Term
@@ -150,9 +151,11 @@ class ConvLoRA(LoRALayer, nn.modules.conv._ConvNd):
         """The kernel-sized down factor, (g * r, C / g, *k)."""
         if self.factorization == "locon":
             return lora["lora_A"]
-        A = lora["lora_A"].flatten(1).unflatten(0, (self.groups, self.r))
-        mid = lora["lora_mid"].flatten(2).unflatten(0, (self.groups, self.r))
-        kernel = torch.einsum("gsrk,grc->gsck", mid, A)
+        wide = accumulation_dtype(lora["lora_A"].dtype)
+        with torch.autocast(lora["lora_A"].device.type, enabled=False):
+            A = lora["lora_A"].to(wide).flatten(1).unflatten(0, (self.groups, self.r))
+            mid = lora["lora_mid"].to(wide).flatten(2).unflatten(0, (self.groups, self.r))
+            kernel = torch.einsum("gsrk,grc->gsck", mid, A)
         return kernel.reshape(self.groups * self.r, -1, *self.kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,8 +172,8 @@ class ConvLoRA(LoRALayer, nn.modules.conv._ConvNd):
         if self.factorization == "loralib":
             function, down, up = functional.lora_conv_dense, lora["lora_A"], lora["lora_B"]
         else:
-            function, up = functional.lora_conv, lora["lora_B"].flatten(1)
-            down = self._down_kernel(lora)
+            function, down = functional.lora_conv, self._down_kernel(lora)
+            up = lora["lora_B"].flatten(1).to(down.dtype)
         return function(
             x,
             self.weight,

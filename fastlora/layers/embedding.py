@@ -32,6 +32,9 @@ class Embedding(LoRALayer, nn.Embedding):
             the table while it is read, so the merged and unmerged layer would differ. ``sparse``
             is accepted; the factors' gradients are dense.
 
+    A table that an output head shares is never merged, since that would change the head's output;
+    :func:`fastlora.mark_only_lora_as_trainable`, ``inject`` and ``adapters.load`` find that out.
+
     Raises:
         ValueError, TypeError: an option is wrong; nothing was built.
 

@@ -28,7 +28,9 @@ class Mergeable(nn.Module):
     weight_is_shared: bool
     weight: Tensor
     _merge_record: merging.MergeRecord | None
-    _merged_state: tuple[Any, ...]
+    _merged_factors: dict[str, Tensor]
+    _merged_scaling: float
+    _merged_counters: list[tuple[int, int | None]]
 
     @property
     def adapted(self) -> bool:
@@ -81,7 +83,7 @@ class Mergeable(nn.Module):
         if self._merge_record is not None:
             own = self._merge_terms(self.weight.detach(), self.lora_parameters())
             self._merge_record.unmerge(own)
-            self._merge_record, self._merged_state = None, ()
+            self._merge_record, self._merged_factors = None, {}
 
     def switch(self, factors: Mapping[str, Tensor], scaling: float | None = None) -> None:
         """Takes other factors; a merged weight goes from one delta to the other in one pass.
@@ -100,12 +102,12 @@ class Mergeable(nn.Module):
         own = self.lora_parameters()
         with torch.no_grad():
             if self.merged:
-                rounded = {name: factors[name].to(p.device, p.dtype) for name, p in own.items()}
-                self._merge(rounded, float(scaling))
+                new = {name: factors[name].to(p.device, p.dtype) for name, p in own.items()}
+                self._merge(new, float(scaling))
             for name, parameter in own.items():
                 parameter.copy_(factors[name])
         self.scaling = scaling
-        self._merged_state = self._factor_state() if self.merged else ()
+        self._merged_counters = self._counters()
 
     def check_factors(self, factors: Mapping[str, Tensor]) -> None:
         """Raises KeyError or ValueError unless ``factors`` are this layer's, by name and shape."""
@@ -126,46 +128,57 @@ class Mergeable(nn.Module):
             self._merge_record = merging.merge(terms, scaling)
         else:
             self._merge_record = merging.switch(terms, scaling, self._merge_record)
-        self._merged_state = self._factor_state()
+        self._merged_factors = {name: t.detach().clone() for name, t in lora.items()}
+        self._merged_scaling = scaling
+        self._merged_counters = self._counters()
 
-    def _factor_state(self) -> tuple[Any, ...]:
-        # the identity is kept with the counter: a copied or unpickled layer has other counters
-        counters = (
-            (id(p), None if p.is_inference() else p._version)
-            for name, p in self.lora_parameters().items()
-            if name != "lora_bias"
-        )
-        return (float(self.scaling), *counters)
+    def _counters(self) -> list[tuple[int, int | None]]:
+        # the identity goes with autograd's counter: a copied or unpickled layer has other counters
+        parameters = self.lora_parameters().values()
+        return [(id(p), None if p.is_inference() else p._version) for p in parameters]
 
     def _merge_is_stale(self) -> bool:
-        """Whether factors or scaling have changed since the merge, as far as autograd counts it."""
-        if not self.merged:
-            return False
-        (scaling, *then), (scaling_now, *now) = self._merged_state, self._factor_state()
-        return scaling != scaling_now or any(
-            a != b for a, b in zip(then, now, strict=True) if a[0] == b[0]
+        """Whether a merged layer's factors or scaling have changed since."""
+        return self._merged_scaling != float(self.scaling) or any(
+            not torch.equal(p, self._merged_factors[name])
+            for name, p in self.lora_parameters().items()
+            if name != "lora_bias"
         )
 
     def _uses_base_only(self) -> bool:
         """Whether forward is the plain layer's; warns where the merged delta is out of date."""
         if not self.merged:
             return not self.adapted
-        if not torch.compiler.is_compiling() and self._merge_is_stale():
-            warnings.warn(
-                f"{type(self).__name__}: the factors have changed since they were merged, and the "
-                "output does not show it; call merge() again, or train() to unmerge",
-                stacklevel=3,
-            )
+        if torch.compiler.is_compiling():
+            return True
+        counters = self._counters()
+        # comparing factors synchronises a GPU: only where they may have changed
+        if counters != self._merged_counters or self._merged_scaling != self.scaling:
+            if self._merge_is_stale():
+                warnings.warn(
+                    f"{type(self).__name__}: the factors have changed since they were merged, and "
+                    "the output does not show it; call merge() again, or train() to unmerge",
+                    stacklevel=3,
+                )
+            self._merged_counters = counters
         return True
 
     def train(self, mode: bool = True) -> Self:
-        """Sets training mode; with ``merge_weights``, ``False`` merges and ``True`` unmerges."""
+        """Sets training mode; with ``merge_weights``, ``False`` merges and ``True`` unmerges.
+
+        A layer that cannot be merged (NaN in its factors, say) stays unmerged, with a warning.
+        """
         super().train(mode)
         if self.merge_weights and self.adapted:
             if mode:
                 self.unmerge()
             elif not self.weight_is_shared:
-                self.merge()
+                try:
+                    self.merge()
+                except merging.MergeError as error:
+                    # the unmerged layer computes the same; a run should not end in eval()
+                    name = type(self).__name__
+                    warnings.warn(f"{name}: was not merged: {error}", stacklevel=2)
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -184,7 +197,9 @@ class Mergeable(nn.Module):
         if self._merge_record is not None:
             pristine = self.weight.detach().clone()
             self._merge_record.unmerge(self._merge_terms(pristine, self.lora_parameters()))
-            destination[prefix + "weight"] = pristine
+            destination[prefix + "weight"] = (
+                nn.Parameter(pristine, requires_grad=False) if keep_vars else pristine
+            )
 
     def _load_from_state_dict(
         self,

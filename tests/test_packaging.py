@@ -1,0 +1,189 @@
+"""What is built from this tree: a complete sdist, a complete wheel from it, one version."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import fastlora
+
+ROOT = Path(__file__).parents[1]
+# the folders of the packages, as wheels name them
+FOLDERS = {"fastlora": ROOT / "fastlora", "fastlora/kernels": ROOT / "kernels"}
+PATHS = "import fastlora, fastlora.kernels as k; print(fastlora.__file__); print(k.__file__)"
+EXTENSION = """
+#include <Python.h>
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C"};
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
+"""
+
+
+def copy_of_the_tree(folder):
+    made = shutil.ignore_patterns(".git", ".*_cache", "__pycache__", "build", "dist", "*.egg-info")
+
+    def ignore(path, names):
+        venvs = {name for name in names if Path(path, name, "pyvenv.cfg").exists()}
+        return made(path, names) | venvs
+
+    return Path(shutil.copytree(ROOT, folder / "tree", ignore=ignore))
+
+
+def run(code, cwd, **env):
+    command = [sys.executable, "-c", code]
+    env = {**os.environ, **env}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def build(tree, kind, mode="0", check=True, block_torch=False):
+    """Run the build backend in ``tree`` as a frontend would; the result lies beside it."""
+    block = "import sys; sys.modules['torch'] = None\n" if block_torch else ""
+    code = f"from setuptools import build_meta\nbuild_meta.build_{kind}({str(tree.parent)!r})"
+    result = run(block + code, tree, FASTLORA_BUILD=mode)
+    assert result.returncode == 0 or not check, result.stdout + result.stderr
+    return result
+
+
+def wheel_names(folder):
+    (wheel,) = folder.glob("*.whl")
+    return zipfile.ZipFile(wheel).namelist()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder with the sdist of this tree, and the wheel that was built from that sdist."""
+    folder = tmp_path_factory.mktemp("built")
+    build(copy_of_the_tree(folder), "sdist", block_torch=True)
+    (sdist,) = folder.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    build(folder / sdist.name.removesuffix(".tar.gz"), "wheel", block_torch=True)
+    return folder
+
+
+def test_declared_packages_are_the_folders_on_disk():
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    declared = set(project["tool"]["setuptools"]["packages"])
+    on_disk = {
+        ".".join([*package.split("/"), *path.parent.relative_to(folder).parts])
+        for package, folder in FOLDERS.items()
+        for path in folder.rglob("*.py")
+    }
+    assert declared == on_disk
+    inits = {path.parent for folder in FOLDERS.values() for path in folder.rglob("__init__.py")}
+    assert len(inits) == len(on_disk), "a package has no __init__.py"
+
+
+def test_wheel_holds_every_module_and_nothing_else(built):
+    modules = {
+        f"{package}/{path.relative_to(folder).as_posix()}"
+        for package, folder in FOLDERS.items()
+        for path in folder.rglob("*.py")
+    }
+    packed = {name for name in wheel_names(built) if ".dist-info/" not in name}
+    assert packed == modules | {"fastlora/py.typed"}
+
+
+def test_wheel_imports_from_another_folder(built, tmp_path):
+    (wheel,) = built.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    result = run(PATHS, tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert result.returncode == 0, result.stderr
+    assert all(line.startswith(str(tmp_path)) for line in result.stdout.splitlines())
+
+
+def test_installed_package_imports_from_another_folder(tmp_path):
+    result = run(PATHS, tmp_path, PYTHONPATH="")
+    assert result.returncode == 0, result.stderr
+
+
+def test_sdist_holds_all_sources(built):
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    suffixes = {".py", ".cpp", ".cu", ".cuh", ".h", ".md", ".toml", ".yaml"}
+    wanted = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("fastlora", "kernels", "csrc", "tests", "docs", "benchmarks")
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix in suffixes and not any(part.startswith(".") for part in path.parts)
+    }
+    top = {"pyproject.toml", "setup.py", "Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
+    assert wanted | top | {"LICENSE", "MANIFEST.in", ".ci/run"} <= packed
+
+
+def test_one_version_everywhere(built):
+    (wheel,) = built.glob("*.whl")
+    assert wheel.name.startswith(f"fastlora-{fastlora.__version__}-")
+    headings = [
+        line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## [")
+    ]
+    newest = next(line for line in headings if "[Unreleased]" not in line)
+    assert newest.startswith(f"## [{fastlora.__version__}]")
+
+
+@pytest.fixture
+def without_sources(tmp_path):
+    tree = copy_of_the_tree(tmp_path)
+    shutil.rmtree(tree / "csrc", ignore_errors=True)
+    return tree
+
+
+@pytest.fixture
+def with_sources(without_sources):
+    if not shutil.which("c++"):
+        pytest.skip("needs a C++ compiler")
+    (without_sources / "csrc").mkdir()
+    (without_sources / "csrc" / "probe.cpp").write_text(EXTENSION)
+    return without_sources
+
+
+def has_extension(folder):
+    return any(name.startswith("fastlora/_C.") for name in wheel_names(folder))
+
+
+@pytest.mark.parametrize("mode", ["auto", "0"])
+def test_without_sources_the_wheel_is_pure_and_says_so(without_sources, mode):
+    result = build(without_sources, "wheel", mode)
+    assert "installing without the C++ extension: " in result.stdout
+    assert not has_extension(without_sources.parent)
+
+
+def test_a_demanded_extension_without_sources_fails(without_sources):
+    result = build(without_sources, "wheel", "1", check=False)
+    assert result.returncode != 0
+    assert "FASTLORA_BUILD=1, but the extension cannot be built: there are no" in result.stderr
+
+
+def test_a_demanded_extension_without_torch_fails(with_sources):
+    result = build(with_sources, "wheel", "1", check=False, block_torch=True)
+    assert result.returncode != 0
+    assert "torch cannot be imported" in result.stderr
+
+
+def test_an_unknown_mode_fails(without_sources):
+    result = build(without_sources, "wheel", "yes", check=False)
+    assert result.returncode != 0
+    assert "must be auto, 0 or 1, got 'yes'" in result.stderr
+
+
+def test_sources_are_built(with_sources):
+    build(with_sources, "wheel", "1")
+    assert has_extension(with_sources.parent)
+
+
+@pytest.mark.parametrize("mode", ["auto", "1"])
+def test_sources_that_do_not_compile(with_sources, mode):
+    (with_sources / "csrc" / "probe.cpp").write_text("#error planted")
+    result = build(with_sources, "wheel", mode, check=mode == "auto")
+    if mode == "1":
+        assert result.returncode != 0
+        assert "the extension cannot be built" in result.stderr
+    else:
+        assert "installing without the C++ extension" in result.stdout
+        assert not has_extension(with_sources.parent)
