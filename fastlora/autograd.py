@@ -4,15 +4,36 @@ Saved: X itself (an alias), S, the packed mask and the parameters. Nothing else,
 weight's size but the weight.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import once_differentiable as _without_graph
 
 from fastlora.backends import Backend, reference, reference_conv, reference_embedding
 from fastlora.blocks import Blocks
+
+Backward = Callable[..., tuple[Tensor | None, ...]]
+
+
+def once_differentiable(backward: Backward) -> Backward:
+    """Like torch's, but refuses ``create_graph=True`` at once.
+
+    torch's lets a gradient without a graph through where dY needs none (that of a sum, say), and a
+    penalty on it would silently count as a constant.
+    """
+    without_graph = _without_graph(backward)
+
+    @wraps(backward)
+    def checked(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("create_graph=True: LoRA layers can be differentiated only once")
+        return without_graph(ctx, dY)
+
+    return checked
 
 
 @dataclass(frozen=True)
@@ -70,6 +91,9 @@ class LoRALinear(torch.autograd.Function):
         X, W, A, B, S, mask = ctx.saved_tensors
         need_X, need_W, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
         spec, backend = ctx.spec, ctx.spec.backend
+        if 0 in dY.stride():
+            # the gradient of a sum: each product would make its own copy
+            dY = dY.contiguous()
         dX = dW = dA = dS = dB = None
         if need_X or need_A or need_B:
             dS, dB = backend.grad_expand(

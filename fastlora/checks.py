@@ -15,6 +15,13 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
+def under_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for this kind of device."""
+    # the meta device does not know autocast
+    known = torch.amp.is_autocast_available(device.type)
+    return known and torch.is_autocast_enabled(device.type)
+
+
 def _shape(t: Tensor) -> tuple[int, ...]:
     return tuple(t.shape)
 
@@ -179,7 +186,7 @@ def linear(
     if lora_bias is not None:
         shape("lora_bias", lora_bias, (n,), "out_features of lora_B")
     same_device("x", x.device, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
-    if torch.is_autocast_enabled(x.device.type):
+    if under_autocast(x.device):
         return
     base_dtype(dtype, weight=weight, bias=bias)
     factor_dtypes(dtype, lora_A=lora_A, lora_B=lora_B, lora_bias=lora_bias)
@@ -226,7 +233,7 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, dtype: tor
     if bias is not None:
         shape("bias", bias, (len(weight),), "out_channels of weight")
     same_device("x", x.device, weight=weight, bias=bias)
-    if not torch.is_autocast_enabled(x.device.type):
+    if not under_autocast(x.device):
         base_dtype(dtype, weight=weight, bias=bias)
 
 
@@ -244,5 +251,5 @@ def conv_factors(
     shape("lora_A", lora_A, shape_A, "from weight, groups and the rank of lora_B")
     shape("lora_B", lora_B, shape_B, "from weight and the rank of lora_A")
     same_device("x", x.device, lora_A=lora_A, lora_B=lora_B)
-    if not torch.is_autocast_enabled(x.device.type):
+    if not under_autocast(x.device):
         factor_dtypes(dtype, lora_A=lora_A, lora_B=lora_B)

@@ -1,6 +1,7 @@
 """LoRA layers as functions: validate, flatten to 2-D, call the autograd Function."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -170,7 +171,7 @@ def block_lora_linear(
         seed = dropout.draw_seed(x.device)
     spec = autograd.LinearSpec(c, t, blocks, select(backend))
     X = x.reshape(-1, x.shape[-1])
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         Y = autograd.LoRALinear.apply(X, weight, lora_A, lora_B, bias, seed, spec)
     return Y.view(*x.shape[:-1], Y.shape[-1])
 
@@ -209,7 +210,7 @@ def lora_embedding(
     checks.scaling(scaling)
     padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
     spec = autograd.EmbeddingSpec(scaling, padding, scale_grad_by_freq)
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device):
         Y = autograd.LoRAEmbedding.apply(index.reshape(-1), weight, lora_A, lora_B, spec)
     return Y.view(*index.shape, Y.shape[-1])
 
@@ -353,7 +354,7 @@ def _conv(
     if t and seed is None:
         seed = dropout.draw_seed(x.device)
     spec = autograd.ConvSpec(c, t, at)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         Y = function.apply(
             X,
             weight,
@@ -394,11 +395,17 @@ def _pad(
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What a layer computes in: autocast's dtype where it applies to ``x``, else that of ``x``."""
-    device = x.device.type
     # like torch's own layers, autocast leaves fp64 alone
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
+    if checks.under_autocast(x.device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A block in which autocast is off, also for devices that do not know it."""
+    if checks.under_autocast(device):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def for_input(factor: Tensor, dtype: torch.dtype) -> Tensor:

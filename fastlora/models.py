@@ -5,10 +5,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
-import torch
 from torch import Tensor, nn
 
-from fastlora import backends
+from fastlora import backends, checks, functional
 from fastlora.layers import LoRALayer
 
 BIAS = ("none", "all", "lora_only")
@@ -165,8 +164,8 @@ def explain(layer: LoRALayer, x: Tensor | None = None) -> str:
         p = getattr(layer.lora_dropout, "p", 0.0) if layer.lora_dropout.training else 0.0
         lines.append(f"dropout: {f'p={p}' if p else 'inactive'}")
         if x is not None:
-            autocast = torch.is_autocast_enabled(x.device.type)
-            dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+            autocast = checks.under_autocast(x.device)
+            dtype = functional.compute_dtype(x)
             lines.append(
                 f"dtypes: {dtype} input and weight{' (autocast)' if autocast else ''}, "
                 f"{layer.lora_A.dtype} factors, on {x.device}"

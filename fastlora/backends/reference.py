@@ -136,11 +136,13 @@ def grad_expand(
     dB = torch.zeros_like(B, dtype=wide) if need_dB else None
     for g in range(blocks.count):
         of_g = slice(g * r, (g + 1) * r)
-        B_g = B[blocks.rows_of_B(g)].to(wide)
-        for rows in row_blocks(M, B_g.shape[0]):
+        Bt_g = B[blocks.rows_of_B(g)].to(wide).t().contiguous()
+        for rows in row_blocks(M, Bt_g.shape[1]):
             dY_g = blocks.output(dY[rows], g).flatten(1).to(wide)
             if dS is not None:
-                dS[rows, of_g] = dY_g @ B_g
+                # this way round, BLAS libraries sum in more than one accumulator: measured rms
+                # error in fp32 0.2 to 1 times that of dY_g @ B_g
+                dS[rows, of_g] = (Bt_g @ dY_g.t()).t()
             if dB is not None and S is not None:
                 dB[blocks.rows_of_B(g)].addmm_(dY_g.t(), S[rows, of_g])
     return (

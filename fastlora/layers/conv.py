@@ -152,7 +152,7 @@ class ConvLoRA(LoRALayer, nn.modules.conv._ConvNd):
         if self.factorization == "locon":
             return lora["lora_A"]
         wide = accumulation_dtype(lora["lora_A"].dtype)
-        with torch.autocast(lora["lora_A"].device.type, enabled=False):
+        with functional.without_autocast(lora["lora_A"].device):
             A = lora["lora_A"].to(wide).flatten(1).unflatten(0, (self.groups, self.r))
             mid = lora["lora_mid"].to(wide).flatten(2).unflatten(0, (self.groups, self.r))
             kernel = torch.einsum("gsrk,grc->gsck", mid, A)

@@ -1,0 +1,392 @@
+"""Gradients: right for every subset of inputs, no more computed or saved than needed."""
+
+import itertools
+from collections import Counter
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastlora
+from fastlora import backends, dropout, functional
+from fastlora.backends import reference
+from fastlora.blocks import Blocks
+from fastlora.testing import make_inputs
+
+NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
+SUBSETS = list(itertools.product((False, True), repeat=len(NAMES)))
+LAYOUTS = {
+    "single": Blocks.single(6),
+    "grouped": Blocks((4, 2, 2), (True, False, True), 2),
+}
+
+
+def ids(needs):
+    return ",".join(name for name, need in zip(NAMES, needs, strict=True) if need) or "none"
+
+
+def operands(M=3, K=5, blocks=LAYOUTS["single"], r=2, dtype=torch.float64, needs=(True,) * 5, **kw):
+    """The five tensors by name, those of ``needs`` as leaves that want a gradient."""
+    inputs = make_inputs(M, K, blocks.out_features, r, dtype=dtype, blocks=blocks, **kw)
+    return {
+        name: getattr(inputs, name).requires_grad_(need)
+        for name, need in zip(NAMES, needs, strict=True)
+    }
+
+
+def call(tensors, p=0.0, blocks=LAYOUTS["single"], scaling=2.0):
+    seed = torch.tensor([7])
+    return functional.block_lora_linear(**tensors, scaling=scaling, blocks=blocks, p=p, seed=seed)
+
+
+# ---- right
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("needs", SUBSETS, ids=ids)
+def test_gradcheck(needs, layout, p):
+    blocks = LAYOUTS[layout]
+    tensors = operands(blocks=blocks, needs=needs)
+
+    def function(*values):
+        return call(dict(zip(NAMES, values, strict=True)), p, blocks)
+
+    if any(needs):
+        assert torch.autograd.gradcheck(function, tuple(tensors.values()))
+    else:
+        assert not function(*tensors.values()).requires_grad
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradcheck_of_lora_bias(layout):
+    blocks = LAYOUTS[layout]
+    lora_bias = torch.randn(blocks.adapted_features, dtype=torch.float64, requires_grad=True)
+    tensors = operands(blocks=blocks)
+    assert torch.autograd.gradcheck(
+        lambda b: call({**tensors, "lora_bias": b}, 0.3, blocks), lora_bias
+    )
+
+
+def test_a_gradient_does_not_depend_on_what_else_is_asked_for():
+    whole = operands(M=9, K=33, dtype=torch.float32)
+    call(whole, 0.3).sum().backward()
+    for needs in SUBSETS[1:]:
+        some = operands(M=9, K=33, dtype=torch.float32, needs=needs)
+        call(some, 0.3).sum().backward()
+        for name, need in zip(NAMES, needs, strict=True):
+            assert (some[name].grad is not None) == need
+            assert not need or torch.equal(some[name].grad, whole[name].grad)
+
+
+@pytest.mark.parametrize("M", [0, 4])
+@pytest.mark.parametrize("K", [5, 40])
+def test_gradients_of_strided_operands(M, K):
+    """Transposed, offset and expanded operands and output gradients against contiguous copies."""
+    generator = torch.Generator().manual_seed(0)
+
+    def integers(*shape):
+        return torch.randint(-4, 5, shape, generator=generator).double()
+
+    strided = {
+        "x": integers(K + 3, 2 * M).t()[::2, 2 : K + 2],
+        "weight": integers(K, 7).t()[1:],
+        "lora_A": integers(1, K).expand(2, K),
+        "lora_B": integers(6, 4)[:, ::2],
+        "bias": integers(1).expand(6),
+    }
+    grads = {"expanded": integers(1, 1).expand(M, 6), "transposed": integers(6, M).t()}
+    for grad in grads.values():
+        results = []
+        for values in (strided, {name: t.contiguous() for name, t in strided.items()}):
+            leaves = {name: t.detach().requires_grad_() for name, t in values.items()}
+            y = call(leaves, 0.5)
+            y.backward(grad if values is strided else grad.contiguous())
+            results.append([y, *(t.grad for t in leaves.values())])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_sum_backward():
+    """``y.sum()`` gives a gradient with strides of zero."""
+    results = []
+    for expanded in (True, False):
+        tensors = operands(M=9, K=33, dtype=torch.float32)
+        y = call(tensors, 0.1)
+        y.sum().backward() if expanded else y.backward(torch.ones_like(y))
+        results.append([t.grad for t in tensors.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_second_backward_gives_the_same():
+    tensors = operands(M=9, K=33, dtype=torch.float32)
+    y = call(tensors, 0.3)
+    first = torch.autograd.grad(y.square().sum(), tensors.values(), retain_graph=True)
+    second = torch.autograd.grad(y.square().sum(), tensors.values())
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_inputs_are_never_written():
+    tensors = operands(M=9, K=33, dtype=torch.float32)
+    grad, seed = torch.randn(9, 6), torch.tensor([7])
+    everything = [*tensors.values(), grad, seed]
+    before = [(t.detach().clone(), t._version) for t in everything]
+    y = functional.lora_linear(**tensors, scaling=2.0, p=0.3, seed=seed)
+    y.backward(grad)
+    for t, (value, version) in zip(everything, before, strict=True):
+        assert torch.equal(t, value)
+        assert t._version == version
+
+
+# ---- no more work than needed
+
+
+class Counting:
+    """A backend that counts its stages' calls and what they were asked for."""
+
+    def __init__(self):
+        self.calls = Counter()
+
+    def __getattr__(self, name):
+        stage = getattr(reference, name)
+
+        def counted(*args, **kwargs):
+            self.calls[name] += 1
+            self.calls.update(option for option, wanted in kwargs.items() if wanted)
+            return stage(*args, **kwargs)
+
+        return counted
+
+
+@pytest.mark.parametrize("needs", SUBSETS[1:], ids=ids)
+def test_only_gradients_asked_for_are_computed(needs, monkeypatch):
+    backend = Counting()
+    monkeypatch.setattr(functional, "select", lambda name: backend)
+    y = call(operands(needs=needs), 0.3)
+    assert backend.calls == {"shrink": 1, "expand": 1}
+    y.sum().backward()
+    x, _, A, B, _ = needs
+    expected = {"shrink": 1, "expand": 1, "grad_expand": x or A or B, "need_dS": x or A}
+    expected |= {"need_dB": B, "grad_shrink": A, "grad_input": x}
+    assert backend.calls == Counter({name: int(n) for name, n in expected.items()})
+
+
+def test_stages_run_on_the_backend_that_was_chosen(monkeypatch):
+    backend = Counting()
+    monkeypatch.setattr(backends, "reference_backend", backend)
+    layer = fastlora.Linear(5, 6, r=2)
+    layer(torch.randn(3, 5)).sum().backward()
+    assert backend.calls["shrink"] == backend.calls["grad_expand"] == 1
+
+
+# ---- no more saved than needed
+
+
+@contextmanager
+def saved():
+    """The tensors that autograd saves within the block, each storage once."""
+    tensors = {}
+
+    def pack(t):
+        tensors.setdefault((t.data_ptr(), tuple(t.shape)), t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        yield tensors
+
+
+def describe(tensors, known):
+    """Of each saved tensor the name of the operand whose memory it is, or its shape and dtype."""
+    names = {t.data_ptr(): name for name, t in known.items() if t is not None}
+    return Counter(names.get(t.data_ptr(), (tuple(t.shape), t.dtype)) for t in tensors.values())
+
+
+@pytest.mark.parametrize("factor_dtype", [None, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("needs", SUBSETS[1:], ids=ids)
+def test_saved_for_backward(needs, p, dtype, factor_dtype):
+    """X by alias, S, one bit per element of X and parameters, nothing else."""
+    M, K, r = 4, 37, 3
+    tensors = operands(M, K, r=r, dtype=dtype, factor_dtype=factor_dtype, needs=needs)
+    with saved() as found:
+        call(tensors, p)
+    x, W, A, B, _ = needs
+    expected = {
+        "x": A or W,
+        "weight": x,
+        "lora_A": x or A,
+        "lora_B": True,
+        ((M, r), torch.float32): B,
+        ((M, 4 * -(-K // 32)), torch.uint8): p > 0 and (x or A),
+    }
+    assert describe(found, tensors) == Counter({name: int(n) for name, n in expected.items()})
+
+
+GROUPS = {"enable_lora": [True, False, True]}
+KINDS = {
+    "Linear": (fastlora.Linear, {}),
+    "lora_bias": (fastlora.Linear, {"lora_bias": True}),
+    "fan_in_fan_out": (fastlora.Linear, {"fan_in_fan_out": True}),
+    "MergedLinear": (fastlora.MergedLinear, GROUPS),
+    "MergedLinear fan_in_fan_out": (fastlora.MergedLinear, {**GROUPS, "fan_in_fan_out": True}),
+}
+
+
+def make_layer(kind, **options):
+    layer, own = KINDS[kind]
+    return layer(24, 36, r=4, lora_dropout=0.1, **own, **options)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_save_nothing_of_the_weights_size(kind, autocast):
+    """But the weight itself: under autocast the fp32 parameter, not a 16-bit copy."""
+    layer = make_layer(kind)
+    x = torch.randn(5, 24, requires_grad=True)
+    with saved() as found, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = layer(x)
+    R = layer.lora_A.shape[0]
+    expected = dict.fromkeys(("weight", "lora_A", "lora_B"), 1)
+    expected |= {((5, R), torch.float32): 1, ((5, 4), torch.uint8): 1}
+    expected |= {((5, 24), torch.bfloat16): 1} if autocast else {"x": 1}
+    known = {"x": x, **dict(layer.named_parameters())}
+    assert describe(found, known) == expected
+    y.sum().backward()
+    for parameter in (x, layer.lora_A, layer.lora_B):
+        assert parameter.grad.dtype == torch.float32
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that any one operation wrote to new memory, by dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        for t in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
+                largest = max(self.elements[t.dtype], t.numel())
+                self.elements[t.dtype] = largest
+        return result
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_no_wide_copy_of_a_16_bit_input(p, monkeypatch):
+    """Forward and backward widen, mask and unpack a block of rows at a time, never all of x."""
+    M, K, N, r, block = 64, 96, 80, 4, 512
+    monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", block)
+    blocks = Blocks.single(N)
+    tensors = operands(M, K, blocks, r, torch.bfloat16, factor_dtype=torch.float32)
+    tensors["weight"].requires_grad_(False)
+    with Largest() as largest:
+        call(tensors, p, blocks).backward(torch.ones(M, N, dtype=torch.bfloat16))
+    allowed = max(block, M * r, N * r, K * r)
+    for dtype, elements in largest.elements.items():
+        # a mask byte is unpacked to 8 elements, in rows of 32 at least
+        assert elements <= (M * max(K, N) if dtype == torch.bfloat16 else 2 * allowed), dtype
+    assert largest.elements[torch.bfloat16] == M * K
+
+
+# ---- what is not supported says so
+
+
+def test_forward_mode_raises():
+    tensors = operands()
+    for name in ("x", "lora_A", "lora_B"):
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
+            dual = forward_ad.make_dual(tensors[name].detach(), torch.ones_like(tensors[name]))
+            call({**tensors, name: dual})
+
+
+@pytest.mark.parametrize("transform", ["grad", "vjp", "jvp", "jacrev", "jacfwd", "vmap"])
+def test_functorch_transforms_raise(transform):
+    tensors = operands()
+    x = tensors["x"].detach()
+
+    def function(x):
+        return call({**tensors, "x": x}).sum()
+
+    with pytest.raises(RuntimeError, match="functorch"):
+        if transform == "jvp":
+            torch.func.jvp(function, (x,), (x,))
+        elif transform == "vjp":
+            torch.func.vjp(function, x)
+        else:
+            getattr(torch.func, transform)(function)(x)
+
+
+def composition(tensors):
+    delta = tensors["x"] @ tensors["lora_A"].t() @ tensors["lora_B"].t()
+    return tensors["x"] @ tensors["weight"].t() + tensors["bias"] + 2.0 * delta
+
+
+def by_backward(forward, tensors):
+    (g,) = torch.autograd.grad(forward(tensors).square().sum(), tensors["x"], create_graph=True)
+    g.square().sum().backward()
+    return tensors["lora_A"].grad
+
+
+def by_grad(forward, tensors):
+    (g,) = torch.autograd.grad(forward(tensors).square().sum(), tensors["x"], create_graph=True)
+    return torch.autograd.grad(g.square().sum(), tensors["lora_A"])[0]
+
+
+def penalty(forward, tensors):
+    """A gradient penalty beside the loss, whose own gradient does not require one."""
+    y = forward(tensors).sum()
+    (g,) = torch.autograd.grad(y, tensors["x"], create_graph=True)
+    (y + g.square().sum()).backward()
+    return tensors["lora_A"].grad
+
+
+def hessian(forward, tensors):
+    def loss(x):
+        return forward({**tensors, "x": x}).square().sum()
+
+    return torch.autograd.functional.hessian(loss, tensors["x"].detach())
+
+
+@pytest.mark.parametrize("second_order", [by_backward, by_grad, penalty, hessian])
+def test_double_backward_works_or_raises(second_order):
+    expected = second_order(composition, operands())
+    try:
+        got = second_order(call, operands())
+    except RuntimeError:
+        return
+    torch.testing.assert_close(got, expected)
+
+
+# ---- what is saved is guarded
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "lora_A", "lora_B"])
+def test_in_place_change_of_a_saved_tensor_raises(name):
+    tensors = operands()
+    y = call(tensors, 0.3)
+    with torch.no_grad():
+        tensors[name].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_between_forward_and_backward_raises(kind):
+    layer = make_layer(kind, init_lora_weights=False)
+    y = layer(torch.randn(5, 24, requires_grad=True))
+    layer.merge()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_the_mask_of_backward_is_that_of_forward():
+    """Gradients reach exactly the elements of x that the packed mask keeps."""
+    tensors = operands(M=6, K=45, dtype=torch.float32)
+    tensors["weight"].data.zero_()
+    call(tensors, 0.5).sum().backward()
+    mask = dropout.draw_mask(torch.tensor([7]), 6, 45, 32768)
+    assert torch.equal(tensors["x"].grad != 0, dropout.unpack_mask(mask, 45))
