@@ -12,6 +12,7 @@ from torch import Tensor
 from fastlora.blocks import Blocks
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
@@ -32,13 +33,34 @@ def shape(name: str, t: Tensor, expected: tuple[int, ...], why: str) -> None:
         raise ValueError(f"{name}: got shape {_shape(t)}, expected {expected} ({why})")
 
 
-def float_tensor(name: str, t: Tensor) -> None:
-    """``t`` is a tensor of a dtype the library computes in."""
+def tensor(name: str, t: object) -> None:
+    """``t`` is a tensor."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: got {type(t).__name__}, expected a torch.Tensor")
-    if t.dtype not in FLOAT_DTYPES:
+
+
+def base_weight(weight: Tensor) -> None:
+    """The weight of a linear layer is a matrix."""
+    tensor("weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(
+            f"weight: got shape {_shape(weight)}, expected (out_features, in_features)"
+        )
+
+
+def float_dtype(name: str, dtype: torch.dtype) -> None:
+    """``dtype`` is one that the library computes in."""
+    if dtype not in FLOAT_DTYPES:
         expected = ", ".join(str(d) for d in FLOAT_DTYPES)
-        raise TypeError(f"{name}: got dtype {t.dtype}, expected one of {expected}")
+        raise TypeError(f"{name}: got dtype {dtype}, expected one of {expected}")
+
+
+def float_tensors(**tensors: Tensor | None) -> None:
+    """Each is a tensor of a dtype the library computes in; the biases may be None."""
+    for name, t in tensors.items():
+        if t is not None or not name.endswith("bias"):
+            tensor(name, t)
+            float_dtype(name, t.dtype)  # type: ignore[union-attr]
 
 
 def same_device(reference: str, device: torch.device, **others: Tensor | None) -> None:
@@ -73,8 +95,18 @@ def factor_dtypes(dtype: torch.dtype, **factors: Tensor | None) -> None:
         raise TypeError(f"factors: got {got}, expected one dtype for all of them")
 
 
+def number(name: str, value: object) -> None:
+    """``value`` is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
+        raise TypeError(f"{name}: got {value!r}, expected a number")
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name}: got {value}, expected a finite number")
+
+
 def probability(name: str, p: float) -> None:
     """``p`` is in [0, 1]."""
+    if not isinstance(p, int | float):
+        raise TypeError(f"{name}: got {p!r}, expected a probability in [0, 1]")
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{name}: got {p}, expected a probability in [0, 1]")
 
@@ -95,14 +127,15 @@ def scaling(value: float | Tensor) -> None:
                 f"scaling: got a tensor of shape {_shape(value)} with requires_grad="
                 f"{value.requires_grad}, expected a number or one element that needs no gradient"
             )
-    elif not math.isfinite(value):
-        raise ValueError(f"scaling: got {value}, expected a finite number")
+    else:
+        number("scaling", value)
 
 
 def seed(seed: Tensor | None, device: torch.device) -> None:
     """A dropout seed is one int64 on the input's device."""
     if seed is None:
         return
+    tensor("seed", seed)
     if seed.dtype != torch.int64 or seed.numel() != 1:
         raise ValueError(
             f"seed: got {seed.dtype} of shape {_shape(seed)}, expected one int64 element"
@@ -161,12 +194,8 @@ def linear(
     dtype: torch.dtype,
 ) -> None:
     """The tensors of a LoRA linear fit together; ``dtype`` is what the call computes in."""
-    for name, t in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
-        float_tensor(name, t)
-    if weight.dim() != 2:
-        raise ValueError(
-            f"weight: got shape {_shape(weight)}, expected (out_features, in_features)"
-        )
+    factors = {"lora_A": lora_A, "lora_B": lora_B, "lora_bias": lora_bias}
+    float_tensors(x=x, weight=weight, bias=bias, **factors)
     N, K = weight.shape
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(
@@ -185,19 +214,21 @@ def linear(
         shape("bias", bias, (N,), f"out_features of weight {(N, K)}")
     if lora_bias is not None:
         shape("lora_bias", lora_bias, (n,), "out_features of lora_B")
-    same_device("x", x.device, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
+    same_device("x", x.device, weight=weight, bias=bias, **factors)
     if under_autocast(x.device):
         return
     base_dtype(dtype, weight=weight, bias=bias)
-    factor_dtypes(dtype, lora_A=lora_A, lora_B=lora_B, lora_bias=lora_bias)
+    factor_dtypes(dtype, **factors)
 
 
-def embedding(index: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> None:
+def embedding(
+    index: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, padding_idx: int | None
+) -> None:
     """The tensors of a LoRA embedding fit together."""
+    tensor("index", index)
     if index.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"index: got dtype {index.dtype}, expected torch.int64 or torch.int32")
-    for name, t in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B)):
-        float_tensor(name, t)
+    float_tensors(weight=weight, lora_A=lora_A, lora_B=lora_B)
     if weight.dim() != 2 or lora_A.dim() != 2:
         raise ValueError(
             f"weight, lora_A: got shapes {_shape(weight)} and {_shape(lora_A)}, "
@@ -209,12 +240,15 @@ def embedding(index: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> 
     shape("lora_B", lora_B, (D, r), f"embedding_dim of weight {(V, D)}, r={r} of lora_A")
     same_device("index", index.device, weight=weight, lora_A=lora_A, lora_B=lora_B)
     factor_dtypes(weight.dtype, lora_A=lora_A, lora_B=lora_B)
+    if padding_idx is not None and not -V <= padding_idx < V:
+        raise ValueError(f"padding_idx: got {padding_idx}, expected a row of num_embeddings={V}")
 
 
 def conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, dtype: torch.dtype) -> None:
     """Input, kernel and bias of a convolution fit together."""
-    float_tensor("x", x)
-    float_tensor("weight", weight)
+    float_tensors(x=x, weight=weight, bias=bias)
+    if groups < 1:
+        raise ValueError(f"groups: got {groups}, expected a positive number")
     if not 3 <= weight.dim() <= 5:
         raise ValueError(
             f"weight: got shape {_shape(weight)}, expected (out_channels, in_channels / groups, "
@@ -237,6 +271,17 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, dtype: tor
         base_dtype(dtype, weight=weight, bias=bias)
 
 
+def padding(padding: Sequence[int] | str, padding_mode: str, stride: Sequence[int]) -> None:
+    """The padding options of a convolution are some that PyTorch has."""
+    if isinstance(padding, str) and padding not in ("same", "valid"):
+        raise ValueError(f"padding: got {padding!r}, expected numbers, 'same' or 'valid'")
+    if padding == "same" and any(s != 1 for s in stride):
+        raise ValueError(f"padding: got 'same' with stride {tuple(stride)}, expected stride 1")
+    if padding_mode not in PADDING_MODES:
+        expected = ", ".join(map(repr, PADDING_MODES))
+        raise ValueError(f"padding_mode: got {padding_mode!r}, expected one of {expected}")
+
+
 def conv_factors(
     x: Tensor,
     lora_A: Tensor,
@@ -246,8 +291,7 @@ def conv_factors(
     dtype: torch.dtype,
 ) -> None:
     """The factors of a convolution have these shapes, and dtypes that fit the input."""
-    float_tensor("lora_A", lora_A)
-    float_tensor("lora_B", lora_B)
+    float_tensors(lora_A=lora_A, lora_B=lora_B)
     shape("lora_A", lora_A, shape_A, "from weight, groups and the rank of lora_B")
     shape("lora_B", lora_B, shape_B, "from weight and the rank of lora_A")
     same_device("x", x.device, lora_A=lora_A, lora_B=lora_B)

@@ -62,6 +62,7 @@ def lora_linear(
     Reference:
         Hu et al. 2021, arXiv:2106.09685, eq. 3; truth in :mod:`fastlora.backends.reference`.
     """
+    checks.base_weight(weight)
     return block_lora_linear(
         x,
         weight,
@@ -124,6 +125,7 @@ def grouped_lora_linear(
         ValueError: as for :func:`lora_linear`, or blocks that do not divide ``out_features``.
         TypeError: as for :func:`lora_linear`.
     """
+    checks.base_weight(weight)
     blocks = checks.blocks(weight.shape[0], enable_lora, out_splits, interleave)
     if not blocks.count:
         return F.linear(x, weight, bias)
@@ -206,7 +208,7 @@ def lora_embedding(
         TypeError: dtypes that do not fit.
         IndexError: an index outside the table.
     """
-    checks.embedding(index, weight, lora_A, lora_B)
+    checks.embedding(index, weight, lora_A, lora_B, padding_idx)
     checks.scaling(scaling)
     padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
     spec = autograd.EmbeddingSpec(scaling, padding, scale_grad_by_freq)
@@ -347,6 +349,7 @@ def _conv(
     checks.scaling(scaling)
     checks.probability("p", p)
     checks.seed(seed, x.device)
+    checks.padding(geometry[1], geometry[4], geometry[0])
     dtype = compute_dtype(x)
     X = x.to(dtype) if x.dim() == weight.dim() else x.to(dtype).unsqueeze(0)
     X, at = _pad(X, weight.shape[2:], *geometry)
@@ -395,6 +398,7 @@ def _pad(
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What a layer computes in: autocast's dtype where it applies to ``x``, else that of ``x``."""
+    checks.tensor("x", x)
     # like torch's own layers, autocast leaves fp64 alone
     if checks.under_autocast(x.device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)

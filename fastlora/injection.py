@@ -114,6 +114,8 @@ def inject(
         checks.rank(name, rank)
         if rank == 0:
             raise ValueError(f"{name}: got rank 0, expected 1 or more")
+    ranks = _patterns("rank_pattern", rank_pattern)
+    alphas = _patterns("alpha_pattern", alpha_pattern)
     if enable_lora is None and (out_splits is not None or interleave != 1):
         raise ValueError("out_splits, interleave: got a layout, expected enable_lora with it")
     common: dict[str, Any] = {
@@ -152,8 +154,8 @@ def inject(
     layers: dict[nn.Module, LoRALayer] = {}
     for name, module in chosen.items():
         if name not in skipped and module not in layers:
-            rank = _by_pattern(rank_pattern, name, r)
-            alpha = _by_pattern(alpha_pattern, name, rank if lora_alpha is None else lora_alpha)
+            rank = _by_pattern(ranks, name, r)
+            alpha = _by_pattern(alphas, name, rank if lora_alpha is None else lora_alpha)
             make = makers[nn.Linear if is_hf_conv1d(module) else type(module)]
             layers[module] = make(module, r=rank, lora_alpha=alpha)
     for module, layer in layers.items():
@@ -180,7 +182,7 @@ def _choose(
     modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
     inside = tuple(f"{name}." for name, m in modules.items() if isinstance(m, LoRALayer))
     modules = {name: m for name, m in modules.items() if not name.startswith(inside)}
-    exclude = _matcher(excluded, modules)
+    exclude = _matcher("exclude_modules", excluded)
     if targets == ALL_LINEAR:
         get_head = getattr(model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
@@ -198,7 +200,7 @@ def _choose(
     if not wanted:
         raise ValueError("target_modules: got an empty list, expected at least one name")
     for target in wanted:
-        match = _matcher(target if isinstance(targets, str) else [target], modules)
+        match = _matcher("target_modules", target if isinstance(targets, str) else [target])
         if not any(match(name) for name in modules):
             leaves = sorted({name.rpartition(".")[2] for name in modules})
             close = difflib.get_close_matches(target.rpartition(".")[2], leaves) or leaves[:8]
@@ -206,25 +208,27 @@ def _choose(
                 f"target_modules: got {target!r}, which no module of the model matches; "
                 f"names that it has: {', '.join(close)}"
             )
-    match = _matcher(targets, modules)
+    match = _matcher("target_modules", targets)
     return {name: m for name, m in modules.items() if match(name) and not exclude(name)}
 
 
-def _matcher(
-    targets: str | Sequence[str], modules: Mapping[str, nn.Module]
-) -> Callable[[str], bool]:
+def _matcher(argument: str, targets: str | Sequence[str]) -> Callable[[str], bool]:
     """Whether a name is selected: by a regular expression, or a list of names or their ends."""
     if isinstance(targets, str):
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise ValueError(
-                f"target_modules: got {targets!r}, not a regular expression: {error}"
-            ) from None
+        pattern = _compile(argument, targets)
         return lambda name: pattern.fullmatch(name) is not None
     ends = tuple(f".{t}" for t in targets)
     exact = set(targets)
     return lambda name: name in exact or name.endswith(ends)
+
+
+def _compile(argument: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"{argument}: got {pattern!r}, expected a regular expression ({error})"
+        ) from None
 
 
 def _why_not(module: nn.Module) -> str | None:
@@ -252,8 +256,12 @@ def _why_not(module: nn.Module) -> str | None:
     return None
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", name):
-            return value
-    return default
+def _by_pattern(patterns: Mapping[re.Pattern[str], Any], name: str, default: Any) -> Any:
+    return next((value for p, value in patterns.items() if p.fullmatch(name)), default)
+
+
+def _patterns(argument: str, values: Mapping[str, Any] | None) -> dict[re.Pattern[str], Any]:
+    """Values by patterns for the end of a name."""
+    for pattern in values or {}:
+        _compile(argument, pattern)
+    return {re.compile(rf"(.*\.)?({p})"): value for p, value in (values or {}).items()}

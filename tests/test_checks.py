@@ -122,7 +122,7 @@ CASES = [
     (linear, {"lora_A": None}, TypeError, "lora_A", "NoneType", "Tensor"),
     (linear, {"bias": [1.0]}, TypeError, "bias", "list", "Tensor"),
     (linear, {"p": 0.1, "seed": 3}, TypeError, "seed", "int", "Tensor"),
-    (linear, {"scaling": "1"}, TypeError, "scaling", "str", "number"),
+    (linear, {"scaling": "1"}, TypeError, "scaling", "'1'", "number"),
     (linear, {"p": None}, TypeError, "p", "None", "probability"),
     # devices
     (linear, {"weight": ones(5, 6, device="meta")}, ValueError, "weight", "meta", "cpu"),

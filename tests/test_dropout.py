@@ -79,6 +79,13 @@ def test_mask_is_its_definition_at_every_shape(M, K):
     assert draw(77, M, K, 30000).tolist() == mask_by_hand(77, M, K, 30000)
 
 
+def test_a_lane_equal_to_the_threshold_is_kept():
+    words = philox_by_hand((0, 0, 0, 0), (5, 0), 7)
+    for b, lane in enumerate(half for word in words for half in (word & 0xFFFF, word >> 16)):
+        assert keep(5, 1, 8, lane)[0, b]
+        assert not keep(5, 1, 8, lane + 1)[0, b]
+
+
 @pytest.mark.parametrize(("M", "K"), [(0, 5), (3, 0), (0, 0)])
 def test_empty_mask(M, K):
     mask = draw(1, M, K, 6554)

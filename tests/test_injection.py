@@ -229,7 +229,7 @@ def test_what_cannot_be_replaced_is_reported():
         ({"target_modules": ["q_prj"]}, "'q_prj', which no module of the model matches.*q_proj"),
         ({"target_modules": ["q_proj", "nothing"]}, "'nothing', which no module"),
         ({"target_modules": "layers.*.nothing"}, "which no module"),
-        ({"target_modules": "(q_proj"}, "not a regular expression"),
+        ({"target_modules": "(q_proj"}, "expected a regular expression"),
         ({"target_modules": []}, "empty list"),
         ({"target_modules": ["norm"]}, "nothing that can be replaced.*LayerNorm"),
         ({"r": 0}, "r: got rank 0"),

@@ -87,7 +87,7 @@ def load(
             "passed as torch.load(path, weights_only=True)"
         ) from None
     layers = dict(lora_layers(model))
-    for name, scaling in json.loads(metadata.get("scaling", "{}")).items():
+    for name, scaling in _scalings(path, metadata).items():
         if name in layers and scaling != float(layers[name].scaling):
             raise ValueError(
                 f"{name}: the adapter was saved with scaling={scaling:g}, expected "
@@ -95,6 +95,17 @@ def load(
                 "layer.scaling to match)"
             )
     loralib.load_state_dict(model, state, assume_merged=assume_merged)
+
+
+def _scalings(path: Path, metadata: Mapping[str, str]) -> dict[str, float]:
+    """Scaling of each layer that the file names."""
+    try:
+        found = json.loads(metadata.get("scaling", "{}"))
+        return {name: float(scaling) for name, scaling in found.items()}
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError(
+            f"source: {path} has scaling={metadata['scaling']!r}, expected numbers by layer"
+        ) from None
 
 
 def _check_format(format: str) -> None:

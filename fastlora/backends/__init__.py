@@ -77,7 +77,7 @@ def select(name: str = "auto") -> Backend:
     """
     if name == "auto":
         name = _requested.name
-    return reference_backend if name == "auto" else _named(name)
+    return reference_backend if name in ("auto", "reference") else _named(name)
 
 
 @contextmanager
@@ -87,8 +87,7 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: unknown name, or a backend that is not usable here.
     """
-    if name != "auto":
-        _named(name)
+    select(name)
     outer, _requested.name = _requested.name, name
     try:
         yield
@@ -107,9 +106,14 @@ def _load(name: str) -> tuple[Backend | None, str | None]:
     return (backend if reason is None else None), reason
 
 
-def _named(name: str) -> Backend:
-    if name not in NAMES:
+def check_name(name: str) -> None:
+    """Raises ValueError unless ``name`` is "auto" or that of a backend, usable here or not."""
+    if name != "auto" and name not in NAMES:
         raise ValueError(f"backend: got {name!r}, expected 'auto' or one of {', '.join(NAMES)}")
+
+
+def _named(name: str) -> Backend:
+    check_name(name)
     backend, reason = _load(name)
     if backend is None:
         raise ValueError(f"backend: {name!r} is not usable here: {reason}")

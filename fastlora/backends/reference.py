@@ -34,9 +34,12 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def row_blocks(M: int, width: int) -> Iterator[slice]:
     """Slices of M rows, each few enough that ``width`` elements of every row fit in cache."""
-    # a compiler does its own blocking, and would unroll this loop
-    rows = M if torch.compiler.is_compiling() else max(1, _BLOCK_ELEMENTS // max(width, 1))
-    for first in range(0, M, max(rows, 1)):
+    if torch.compiler.is_compiling():
+        # a compiler does its own blocking, and would unroll the loop for one M
+        yield slice(0, M)
+        return
+    rows = max(1, _BLOCK_ELEMENTS // max(width, 1))
+    for first in range(0, M, rows):
         yield slice(first, min(first + rows, M))
 
 
@@ -103,8 +106,7 @@ def expand(
             Y_g = blocks.output(Y[rows], g)
             delta = (S_g[rows] @ B_g).view(Y_g.shape)
             Y_g.copy_(delta if bias is None else delta.add_(blocks.output(bias, g)))
-    # out= rather than addmm_: FLOP counters know only the former
-    return torch.addmm(Y, X, W.t(), out=Y)
+    return Y.addmm_(X, W.t())
 
 
 def grad_expand(
@@ -168,7 +170,7 @@ def grad_input(dY: Tensor, W: Tensor, dS: Tensor | None, A: Tensor, mask: Tensor
     dX = dY.new_empty(M, K)
     for rows in row_blocks(M, K):
         dX[rows] = _keep(dS[rows] @ A, mask, rows)
-    return torch.addmm(dX, dY, W, out=dX)
+    return dX.addmm_(dY, W)
 
 
 def delta(A: Tensor, B: Tensor, scaling: float | Tensor, blocks: Blocks) -> Tensor:

@@ -91,7 +91,7 @@ def keep(X: Tensor, mask: Tensor | None, at: Geometry) -> Tensor:
 
 def _samples(X: Tensor) -> Iterator[slice]:
     # a block of samples is widened at a time, never the whole input
-    return row_blocks(len(X), X[0].numel()) if len(X) else iter(())
+    return row_blocks(X.shape[0], X.shape[1:].numel())
 
 
 def shrink(X: Tensor, A: Tensor, c: float | Tensor, mask: Tensor | None, at: Geometry) -> Tensor:
@@ -132,7 +132,7 @@ def grad_expand(
         dY_g = _by_group(dY[i].flatten(2).to(wide), at, 1)
         if need_dS:
             dS_g = B_g.transpose(1, 2) @ dY_g
-            parts.append(dS_g.reshape(len(dY_g), -1, *dY.shape[2:]))
+            parts.append(dS_g.reshape(dY_g.shape[0], -1, *dY.shape[2:]))
         if dB is not None and S is not None:
             dB += (dY_g @ _by_group(S[i].flatten(2), at, 1).transpose(2, 3)).sum(0)
     dS = None

@@ -5,6 +5,7 @@ scatter; the rest is as for a linear layer.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.backends.reference import accumulation_dtype, row_blocks
@@ -12,12 +13,12 @@ from fastlora.backends.reference import accumulation_dtype, row_blocks
 
 def shrink(index: Tensor, A: Tensor, scaling: float | Tensor, dtype: torch.dtype) -> Tensor:
     """``S = scaling * A[:, index]ᵀ``: (M, r), accumulation dtype of ``dtype``, from A (r, V)."""
-    return A.index_select(1, index).t().to(accumulation_dtype(dtype)).mul(scaling)
+    return F.embedding(index, A.t()).to(accumulation_dtype(dtype)).mul(scaling)
 
 
 def expand(index: Tensor, W: Tensor, S: Tensor, B: Tensor) -> Tensor:
     """``Y = W[index] + S Bᵀ``: (M, D), dtype of W (V, D), rounded once; B is (D, r)."""
-    Y = W.index_select(0, index)
+    Y = F.embedding(index, W)
     Bt = B.to(S.dtype).t()
     for rows in row_blocks(*Y.shape):
         Y[rows] = torch.addmm(Y[rows].to(S.dtype), S[rows], Bt)

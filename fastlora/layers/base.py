@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
-from fastlora import checks
+from fastlora import backends, checks
 from fastlora.layers.mergeable import Mergeable
 
 INITS = (True, False, "gaussian")
@@ -136,23 +136,30 @@ class LoRALayer(Mergeable):
 
 
 def check_options(
-    r: int, lora_alpha: float, lora_dropout: float, init_lora_weights: bool | str
+    r: int,
+    lora_alpha: float,
+    lora_dropout: float,
+    init_lora_weights: bool | str,
+    lora_dtype: torch.dtype | None,
+    backend: str = "auto",
 ) -> None:
     """The options every layer takes, checked before anything is built.
 
     Raises:
-        ValueError: a negative rank, a dropout outside [0, 1], an unknown initialisation.
-        TypeError: a rank that is not an int.
+        ValueError: a negative rank, a dropout outside [0, 1], an unknown initialisation or backend.
+        TypeError: a rank that is not an int, factors that are not floating-point.
     """
     checks.rank("r", r)
     checks.probability("lora_dropout", lora_dropout)
-    if not math.isfinite(lora_alpha):
-        raise ValueError(f"lora_alpha: got {lora_alpha}, expected a finite number")
+    checks.number("lora_alpha", lora_alpha)
     if init_lora_weights not in INITS:
         expected = ", ".join(repr(i) for i in INITS)
         raise ValueError(
             f"init_lora_weights: got {init_lora_weights!r}, expected one of {expected}"
         )
+    if lora_dtype is not None:
+        checks.float_dtype("lora_dtype", lora_dtype)
+    backends.check_name(backend)
 
 
 def active_dropout(module: nn.Module) -> tuple[float, bool]:

@@ -79,7 +79,7 @@ class ConvLoRA(LoRALayer, nn.modules.conv._ConvNd):
         lora_dtype: Any = None,
         **kwargs: Any,
     ) -> None:
-        check_options(r, lora_alpha, lora_dropout, init_lora_weights)
+        check_options(r, lora_alpha, lora_dropout, init_lora_weights, lora_dtype)
         if factorization not in FACTORIZATIONS:
             expected = ", ".join(repr(f) for f in FACTORIZATIONS)
             raise ValueError(f"factorization: got {factorization!r}, expected one of {expected}")

@@ -55,7 +55,7 @@ class Embedding(LoRALayer, nn.Embedding):
         lora_dtype: Any = None,
         **kwargs: Any,
     ) -> None:
-        check_options(r, lora_alpha, 0.0, init_lora_weights)
+        check_options(r, lora_alpha, 0.0, init_lora_weights, lora_dtype)
         if r > 0 and kwargs.get("max_norm") is not None:
             raise ValueError(
                 f"max_norm: got {kwargs['max_norm']}, expected None with r > 0 "

@@ -147,7 +147,7 @@ class Linear(BlockLinear):
         backend: str = "auto",
         **kwargs: Any,
     ) -> None:
-        check_options(r, lora_alpha, lora_dropout, init_lora_weights)
+        check_options(r, lora_alpha, lora_dropout, init_lora_weights, lora_dtype, backend)
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         self._init_lora(
             r,

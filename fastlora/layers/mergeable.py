@@ -94,11 +94,12 @@ class Mergeable(nn.Module):
 
         Raises:
             KeyError: a factor is missing or unknown.
-            ValueError: a factor's shape is wrong.
+            ValueError: a factor's shape is wrong, or the scaling is not finite.
             MergeError: NaN or Inf in the factors, or overflow; the layer is as it was.
         """
         self.check_factors(factors)
         scaling = self.scaling if scaling is None else scaling
+        checks.scaling(scaling)
         own = self.lora_parameters()
         with torch.no_grad():
             if self.merged:

@@ -65,7 +65,7 @@ class MergedLinear(BlockLinear):
         **kwargs: Any,
     ) -> None:
         blocks = checks.blocks(out_features, enable_lora, out_splits, interleave)
-        check_options(r, lora_alpha, lora_dropout, init_lora_weights)
+        check_options(r, lora_alpha, lora_dropout, init_lora_weights, lora_dtype, backend)
         nn.Linear.__init__(self, in_features, out_features, **kwargs)
         self._init_lora(
             r,

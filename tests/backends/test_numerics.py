@@ -180,7 +180,7 @@ def test_rule_finds_one_wrong_element(judged, name, value):
     _, got, plain, exact = judged
     wrong = got[name].clone()
     wrong.view(-1)[exact[name].abs().argmax()] = value
-    with pytest.raises(AssertionError, match=name):
+    with pytest.raises(AssertionError, match=f"{name}: max error"):
         testing.assert_no_worse({**got, name: wrong}, plain, exact)
 
 
