@@ -101,8 +101,9 @@ def is_merged(base: Sequence[Term], weight: Sequence[Term], scaling: float) -> b
         rows, left_rows = next(old.blocks())
         found = new.weight[rows].double() - old.weight[rows].double()
         delta = old.left[left_rows].double() @ old.right.double() * scaling
-        size = delta.norm()
-        if not size > 0 or (found - delta.view(found.shape)).norm() > 0.1 * size:
+        size, miss = delta.norm(), (found - delta.view(found.shape)).norm()
+        # written so that NaN, as in memory not yet initialised, means no
+        if not (size > 0 and miss < 0.1 * size):
             return False
     return bool(base)
 

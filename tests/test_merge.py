@@ -212,6 +212,15 @@ def test_loading_into_a_merged_layer_merges_what_was_loaded():
     assert torch.equal(target.weight, expected)
 
 
+def test_uninitialised_memory_is_not_taken_for_a_merged_weight():
+    source = fastlora.Linear(40, 24, r=4, init_lora_weights=False)
+    for garbage in (math.nan, math.inf):
+        target = fastlora.Linear(40, 24, r=4)
+        target.weight.data.fill_(garbage)
+        target.load_state_dict(source.state_dict())
+        assert torch.equal(target.weight, source.weight)
+
+
 def test_switch_is_a_merge_from_scratch():
     torch.manual_seed(0)
     for layer in layers(torch.bfloat16):
