@@ -18,8 +18,10 @@ from fastlora.blocks import Blocks
 
 name = "reference"
 
-# elements of a row block: 1 MiB in fp32, about what a core's cache holds
+# elements of a row block: 1 MiB in fp32, about what a core's cache holds; a GPU, where a block
+# costs launches, takes larger ones
 _BLOCK_ELEMENTS = 1 << 18
+_GPU_BLOCKS = 16
 
 
 def why_not() -> str | None:
@@ -32,13 +34,14 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def row_blocks(M: int, width: int) -> Iterator[slice]:
+def row_blocks(M: int, width: int, device: str = "cpu") -> Iterator[slice]:
     """Slices of M rows, each few enough that ``width`` elements of every row fit in cache."""
     if torch.compiler.is_compiling():
         # a compiler does its own blocking, and would unroll the loop for one M
         yield slice(0, M)
         return
-    rows = max(1, _BLOCK_ELEMENTS // max(width, 1))
+    elements = _BLOCK_ELEMENTS if device == "cpu" else _GPU_BLOCKS * _BLOCK_ELEMENTS
+    rows = max(1, elements // max(width, 1))
     for first in range(0, M, rows):
         yield slice(first, min(first + rows, M))
 
@@ -69,7 +72,7 @@ def shrink(
     At = A.to(accumulation_dtype(X.dtype)).t()
     S = At.new_empty(M, A.shape[0])
     mask = X.new_empty((M, dropout.mask_bytes(K)), dtype=torch.uint8) if t else None
-    for rows in row_blocks(M, K):
+    for rows in row_blocks(M, K, X.device.type):
         if mask is not None and seed is not None:
             mask[rows] = dropout.draw_mask(seed, rows.stop - rows.start, K, t, rows.start)
         S[rows] = _keep(X[rows].to(At.dtype), mask, rows) @ At
@@ -102,7 +105,7 @@ def expand(
     for g in range(blocks.count):
         S_g = S[:, g * r : (g + 1) * r]
         B_g = B[blocks.rows_of_B(g)].to(S.dtype).t()
-        for rows in row_blocks(M, B_g.shape[1]):
+        for rows in row_blocks(M, B_g.shape[1], X.device.type):
             Y_g = blocks.output(Y[rows], g)
             delta = (S_g[rows] @ B_g).view(Y_g.shape)
             Y_g.copy_(delta if bias is None else delta.add_(blocks.output(bias, g)))
@@ -139,7 +142,7 @@ def grad_expand(
     for g in range(blocks.count):
         of_g = slice(g * r, (g + 1) * r)
         Bt_g = B[blocks.rows_of_B(g)].to(wide).t().contiguous()
-        for rows in row_blocks(M, Bt_g.shape[1]):
+        for rows in row_blocks(M, Bt_g.shape[1], dY.device.type):
             dY_g = blocks.output(dY[rows], g).flatten(1).to(wide)
             if dS is not None:
                 # this way round, BLAS libraries sum in more than one accumulator: measured rms
@@ -156,7 +159,7 @@ def grad_expand(
 def grad_shrink(dS: Tensor, X: Tensor, mask: Tensor | None, A: Tensor) -> Tensor:
     """``dA = dSᵀ (m∘X)``: (R, K), dtype of A, from dS (M, R), X (M, K) and the packed mask."""
     dA = torch.zeros_like(A, dtype=dS.dtype)
-    for rows in row_blocks(*X.shape):
+    for rows in row_blocks(*X.shape, X.device.type):
         dA.addmm_(dS[rows].t(), _keep(X[rows].to(dS.dtype), mask, rows))
     return dA.to(A.dtype)
 
@@ -168,7 +171,7 @@ def grad_input(dY: Tensor, W: Tensor, dS: Tensor | None, A: Tensor, mask: Tensor
     M, K = dY.shape[0], W.shape[1]
     A = A.to(dS.dtype)
     dX = dY.new_empty(M, K)
-    for rows in row_blocks(M, K):
+    for rows in row_blocks(M, K, dY.device.type):
         dX[rows] = _keep(dS[rows] @ A, mask, rows)
     return dX.addmm_(dY, W)
 

@@ -91,7 +91,7 @@ def keep(X: Tensor, mask: Tensor | None, at: Geometry) -> Tensor:
 
 def _samples(X: Tensor) -> Iterator[slice]:
     # a block of samples is widened at a time, never the whole input
-    return row_blocks(X.shape[0], X.shape[1:].numel())
+    return row_blocks(X.shape[0], X.shape[1:].numel(), X.device.type)
 
 
 def shrink(X: Tensor, A: Tensor, c: float | Tensor, mask: Tensor | None, at: Geometry) -> Tensor:
