@@ -159,7 +159,7 @@ def grad_expand(
 def grad_shrink(dS: Tensor, X: Tensor, mask: Tensor | None, A: Tensor) -> Tensor:
     """``dA = dSᵀ (m∘X)``: (R, K), dtype of A, from dS (M, R), X (M, K) and the packed mask."""
     dA = torch.zeros_like(A, dtype=dS.dtype)
-    for rows in row_blocks(*X.shape, X.device.type):
+    for rows in row_blocks(X.shape[0], X.shape[1], X.device.type):
         dA.addmm_(dS[rows].t(), _keep(X[rows].to(dS.dtype), mask, rows))
     return dA.to(A.dtype)
 

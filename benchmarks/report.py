@@ -1,0 +1,167 @@
+"""Tables, files and colours that all benchmarks share."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.table import Table as RichTable
+
+from benchmarks.environment import environment, machine_slug
+from benchmarks.harness import Spread
+
+RESULTS = Path(__file__).parent / "results"
+# Okabe and Ito's palette, safe for colour-blind readers; one colour a method in all figures
+COLOURS = {
+    "loralib": "#E69F00",
+    "PEFT": "#56B4E9",
+    "PEFT compiled": "#CC79A7",
+    "fastlora": "#D55E00",
+    "full fine-tuning": "#009E73",
+    "head only": "#8C8C8C",
+    "frozen linear": "#8C8C8C",
+}
+MARKERS = {"loralib": "s", "PEFT": "^", "PEFT compiled": "v", "fastlora": "o"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table, for the terminal and for Markdown.
+
+    Attributes:
+        title: Shown above.
+        header: Column names; the first column is text, the others are numbers.
+        rows: Cells, formatted; an empty row separates groups.
+    """
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def show(self, console: Console) -> None:
+        """Print it."""
+        table = RichTable(title=self.title, box=box.SIMPLE_HEAD, title_style="bold")
+        for index, name in enumerate(self.header):
+            table.add_column(name, justify="right" if index else "left")
+        for row in self.rows:
+            if row:
+                style = "bold" if row[0].strip() == "fastlora" else None
+                table.add_row(*row, style=style)
+            else:
+                table.add_section()
+        console.print(table)
+
+    def markdown(self) -> str:
+        """As a GitHub table under a heading."""
+        lines = [
+            "| " + " | ".join(self.header) + " |",
+            "|:--" + "|--:" * (len(self.header) - 1) + "|",
+        ]
+        lines += ["| " + " | ".join(row) + " |" for row in self.rows if row]
+        return f"## {self.title}\n\n" + "\n".join(lines) + "\n"
+
+
+def ratio(spread: Spread | None) -> str:
+    """Median and quartiles of a ratio; the baseline itself is 1."""
+    if spread is None:
+        return "–"
+    if spread.low == spread.median == spread.high == 1:
+        return "1"
+    return f"{spread.median:.2f} [{spread.low:.2f}–{spread.high:.2f}]"
+
+
+def mib(count: float) -> str:
+    """Bytes in MiB."""
+    value = count / 2**20
+    return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}" if value else "0"
+
+
+def make_console() -> Console:
+    """The terminal; a log file, which has no width of its own, gets room for whole rows."""
+    console = Console()
+    return console if console.is_terminal else Console(width=120)
+
+
+def progress(console: Console) -> Progress:
+    """A progress bar with a free ``status`` text at its end."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}", table_column=Column(no_wrap=True)),
+        console=console,
+    )
+
+
+def environment_markdown(env: dict[str, Any]) -> str:
+    """Two lines on machine and software."""
+    versions = ", ".join(f"{k} {v}" for k, v in env["packages"].items() if v)
+    return (
+        f"{env['device']}, {env['cores']} cores, {env['threads']} threads, {env['platform']}. "
+        f"Python {env['python']}, {versions}; commit {env['commit']}; {env['date']}.\n"
+    )
+
+
+def skipped_markdown(skipped: dict[str, str]) -> str:
+    """What is missing from the report, and why."""
+    if not skipped:
+        return ""
+    return "## Skipped\n\n" + "".join(f"- {k}: {v}\n" for k, v in skipped.items())
+
+
+def folder_for(device: Any, out: Path | None) -> Path:
+    """Where results go: ``out``, or the folder of this machine."""
+    folder = out or RESULTS / machine_slug(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def write(folder: Path, stem: str, record: dict[str, Any], markdown: str) -> None:
+    """The raw record as JSON and the report as Markdown."""
+    text = json.dumps(record, indent=1, ensure_ascii=False)
+    text = re.sub(r"\[[^][{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text)
+    (folder / f"{stem}.json").write_text(text + "\n", encoding="utf-8")
+    (folder / f"{stem}.md").write_text(markdown, encoding="utf-8")
+
+
+def record_head(device: Any) -> dict[str, Any]:
+    """How every record starts."""
+    return {"environment": environment(device)}
+
+
+def paper_style() -> Any:
+    """Matplotlib's pyplot, with plain axes and readable type.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update(
+        {
+            "figure.dpi": 100,
+            "savefig.dpi": 200,
+            "font.size": 9,
+            "axes.titlesize": 10,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "#E4E4E4",
+            "grid.linewidth": 0.8,
+            "legend.frameon": False,
+        }
+    )
+    return pyplot
