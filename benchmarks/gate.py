@@ -4,14 +4,11 @@ import functools
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from benchmarks.shapes import Shape
 
 # the rule compares with float64, which a CPU is slow at; rows are alike, so a part of them will do
 CPU_ROWS = 512
-# the rms error of dB is that of S, M x r numbers: fewer than these, and chance decides
-SAMPLES = 1 << 13
 
 
 def check(shape: Shape, device: torch.device) -> None:
@@ -34,23 +31,14 @@ def check(shape: Shape, device: torch.device) -> None:
 def _check(shape: Shape, backend: str, device: torch.device) -> None:
     from fastlora import checks, testing
 
-    blocks = checks.blocks(shape.N, shape.enable_lora, None, 1) if shape.enable_lora else None
-    sides: list[list[dict[str, Tensor]]] = [[], [], []]
-    for seed in range(max(1, SAMPLES // (shape.M * shape.r))):
-        inputs = testing.make_inputs(
-            shape.M,
-            shape.K,
-            shape.N,
-            shape.r,
-            p=shape.p,
-            dtype=shape.dtype,
-            device=device,
-            blocks=blocks,
-            seed=seed,
-        )
-        sides[0].append(testing.fused(inputs, backend))
-        sides[1].append(testing.composition(inputs))
-        sides[2].append(testing.truth(inputs))
-    testing.assert_no_worse(
-        *({name: torch.stack([draw[name] for draw in side]) for name in side[0]} for side in sides)
+    testing.check_linear(
+        shape.M,
+        shape.K,
+        shape.N,
+        shape.r,
+        backend=backend,
+        p=shape.p,
+        dtype=shape.dtype,
+        device=device,
+        blocks=checks.blocks(shape.N, shape.enable_lora, None, 1) if shape.enable_lora else None,
     )

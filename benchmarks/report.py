@@ -85,7 +85,7 @@ def mib(count: float) -> str:
 def make_console() -> Console:
     """The terminal; a log file, which has no width of its own, gets room for whole rows."""
     console = Console()
-    return console if console.is_terminal else Console(width=120)
+    return console if console.is_terminal else Console(width=130)
 
 
 def progress(console: Console) -> Progress:

@@ -46,11 +46,8 @@ def row_blocks(M: int, width: int, device: str = "cpu") -> Iterator[slice]:
         yield slice(first, min(first + rows, M))
 
 
-def _keep(X: Tensor, mask: Tensor | None, rows: slice) -> Tensor:
-    """m∘X for a block of rows of the mask; X is that block already."""
-    if mask is None:
-        return X
-    return X.where(dropout.unpack_mask(mask[rows], X.shape[1]), X.new_zeros(()))
+def _rows(mask: Tensor | None, rows: slice) -> Tensor | None:
+    return None if mask is None else mask[rows]
 
 
 def shrink(
@@ -75,7 +72,7 @@ def shrink(
     for rows in row_blocks(M, K, X.device.type):
         if mask is not None and seed is not None:
             mask[rows] = dropout.draw_mask(seed, rows.stop - rows.start, K, t, rows.start)
-        S[rows] = _keep(X[rows].to(At.dtype), mask, rows) @ At
+        S[rows] = dropout.keep(X[rows].to(At.dtype), _rows(mask, rows)) @ At
     return S.mul_(c), mask
 
 
@@ -160,7 +157,7 @@ def grad_shrink(dS: Tensor, X: Tensor, mask: Tensor | None, A: Tensor) -> Tensor
     """``dA = dSᵀ (m∘X)``: (R, K), dtype of A, from dS (M, R), X (M, K) and the packed mask."""
     dA = torch.zeros_like(A, dtype=dS.dtype)
     for rows in row_blocks(X.shape[0], X.shape[1], X.device.type):
-        dA.addmm_(dS[rows].t(), _keep(X[rows].to(dS.dtype), mask, rows))
+        dA.addmm_(dS[rows].t(), dropout.keep(X[rows].to(dS.dtype), _rows(mask, rows)))
     return dA.to(A.dtype)
 
 
@@ -172,7 +169,7 @@ def grad_input(dY: Tensor, W: Tensor, dS: Tensor | None, A: Tensor, mask: Tensor
     A = A.to(dS.dtype)
     dX = dY.new_empty(M, K)
     for rows in row_blocks(M, K, dY.device.type):
-        dX[rows] = _keep(dS[rows] @ A, mask, rows)
+        dX[rows] = dropout.keep(dS[rows] @ A, _rows(mask, rows))
     return dX.addmm_(dY, W)
 
 

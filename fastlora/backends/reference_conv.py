@@ -80,13 +80,11 @@ def draw_mask(X: Tensor, t: int, seed: Tensor | None, at: Geometry) -> Tensor | 
 
 def keep(X: Tensor, mask: Tensor | None, at: Geometry) -> Tensor:
     """m∘X; a padded copy of an element goes with the element."""
-    if mask is None:
-        return X
+    if mask is None or not at.padded:
+        return dropout.keep(X.flatten(1), mask).view(X.shape)
     shape = at.unpadded(X.shape)
     kept = dropout.unpack_mask(mask, torch.Size(shape).numel()).view(-1, *shape)
-    if at.padded:
-        kept = F.pad(kept.to(X.dtype), at.padded, at.pad_mode).bool()
-    return X.where(kept, X.new_zeros(()))
+    return X.where(F.pad(kept.to(X.dtype), at.padded, at.pad_mode).bool(), X.new_zeros(()))
 
 
 def _samples(X: Tensor) -> Iterator[slice]:
