@@ -172,10 +172,10 @@ def block_lora_linear(
     if t and seed is None:
         seed = dropout.draw_seed(x.device)
     spec = autograd.LinearSpec(c, t, blocks, select(backend))
-    X = x.reshape(-1, x.shape[-1])
+    X = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     with without_autocast(x.device):
         Y = autograd.LoRALinear.apply(X, weight, lora_A, lora_B, bias, seed, spec)
-    return Y.view(*x.shape[:-1], Y.shape[-1])
+    return _unflatten(Y, x.shape[:-1])
 
 
 def lora_embedding(
@@ -214,7 +214,7 @@ def lora_embedding(
     spec = autograd.EmbeddingSpec(scaling, padding, scale_grad_by_freq)
     with without_autocast(weight.device):
         Y = autograd.LoRAEmbedding.apply(index.reshape(-1), weight, lora_A, lora_B, spec)
-    return Y.view(*index.shape, Y.shape[-1])
+    return _unflatten(Y, index.shape)
 
 
 def lora_conv(
@@ -394,6 +394,17 @@ def _pad(
     mode = "constant" if padding_mode == "zeros" else padding_mode
     at = Geometry(tuple(stride), (0,) * len(kernel), tuple(dilation), groups, tuple(ends), mode)
     return F.pad(X, ends, mode), at
+
+
+def _unflatten(Y: Tensor, shape: torch.Size) -> Tensor:
+    """Y (M, N) as (*shape, N), but no view, as from torch's own layers.
+
+    An in-place operation on a view would make FSDP lose its hook on the output.
+    """
+    if len(shape) == 1:
+        return Y
+    unflattened: Tensor = torch.ops.aten._unsafe_view(Y, [*shape, Y.shape[-1]])
+    return unflattened
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -385,3 +385,18 @@ def test_conv_is_a_conv_by_the_merged_kernel(dimensions, groups, padding):
     )
     whole = W + 2 * delta.view(W.shape)
     assert torch.equal(y, conv(x, whole, padding=padding, groups=groups))
+
+
+@pytest.mark.parametrize("shape", [(12,), (3, 12), (2, 3, 12)])
+def test_the_output_is_no_view(shape):
+    """As from ``F.linear``: an in-place operation on it reaches no other tensor."""
+    x = torch.randn(shape, requires_grad=True)
+    A, B = torch.randn(2, 12, requires_grad=True), torch.randn(5, 2)
+    y = lora_linear(x, torch.randn(5, 12), A, B, scaling=1.0)
+    assert y.shape == (*shape[:-1], 5) and not y._is_view()
+    index = torch.zeros(shape, dtype=torch.long)
+    z = lora_embedding(index, torch.randn(7, 5), torch.randn(2, 7), B, scaling=1.0)
+    assert z.shape == (*shape, 5) and not z._is_view()
+    y += 1
+    y.sum().backward()
+    assert x.grad.shape == shape
