@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from benchmarks import harness, memory, report
 from benchmarks.gate import check
 from benchmarks.harness import Spread
 from benchmarks.providers import BASELINE, Case, Inputs, Skipped, providers
 from benchmarks.shapes import Shape, grid
+from benchmarks.terminal import Console
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def run(
     rows: list[Row] = []
     skipped: dict[str, str] = {}
     table = providers(compiled)
-    with report.progress(console) as progress:
+    with console.progress() as progress:
         task = progress.add_task("layers", total=len(shapes), status="")
         for shape in shapes:
             progress.update(task, status=f"{shape.label} r={shape.r} p={shape.p}")
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the results")
     options = parser.parse_args()
     device = torch.device(options.device)
-    console = report.make_console()
+    console = Console()
 
     rows, skipped = run(grid(device, options.quick), device, options.compiled, console)
     tables = [summary_table(rows), detail_table(rows)]

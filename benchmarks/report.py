@@ -7,14 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column
-from rich.table import Table as RichTable
-
 from benchmarks.environment import environment, machine_slug
 from benchmarks.harness import Spread
+from benchmarks.terminal import Console
 
 RESULTS = Path(__file__).parent / "results"
 # Okabe and Ito's palette, safe for colour-blind readers; one colour a method in all figures
@@ -46,16 +41,7 @@ class Table:
 
     def show(self, console: Console) -> None:
         """Print it."""
-        table = RichTable(title=self.title, box=box.SIMPLE_HEAD, title_style="bold")
-        for index, name in enumerate(self.header):
-            table.add_column(name, justify="right" if index else "left")
-        for row in self.rows:
-            if row:
-                style = "bold" if row[0].strip() == "fastlora" else None
-                table.add_row(*row, style=style)
-            else:
-                table.add_section()
-        console.print(table)
+        console.table(self.title, self.header, self.rows)
 
     def markdown(self) -> str:
         """As a GitHub table under a heading."""
@@ -80,24 +66,6 @@ def mib(count: float) -> str:
     """Bytes in MiB."""
     value = count / 2**20
     return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f}" if value else "0"
-
-
-def make_console() -> Console:
-    """The terminal; a log file, which has no width of its own, gets room for whole rows."""
-    console = Console()
-    return console if console.is_terminal else Console(width=130)
-
-
-def progress(console: Console) -> Progress:
-    """A progress bar with a free ``status`` text at its end."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}", table_column=Column(no_wrap=True)),
-        console=console,
-    )
 
 
 def environment_markdown(env: dict[str, Any]) -> str:

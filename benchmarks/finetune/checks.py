@@ -1,6 +1,5 @@
 """What has to hold beside speed: the same losses as loralib, and adapters that survive a file."""
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,16 +82,15 @@ class AdapterCheck:
     restored: bool
 
 
-def adapter_check(task: Task, model: nn.Module) -> AdapterCheck:
+def adapter_check(task: Task, model: nn.Module, folder: Path) -> AdapterCheck:
     """Save the trained fastlora adapter, load it into a fresh model, merge and unmerge it."""
     import fastlora
 
     fresh = methods.build(task, "fastlora")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "adapter.safetensors")
-        fastlora.adapters.save(model, path)
-        fastlora.adapters.load(fresh, path)
-        file_bytes = path.stat().st_size
+    path = folder / f"finetune-{task.name}.safetensors"
+    fastlora.adapters.save(model, path)
+    fastlora.adapters.load(fresh, path)
+    file_bytes = path.stat().st_size
     heads = {k: v for k, v in model.state_dict().items() if methods.in_head(k)}
     fresh.load_state_dict(heads, strict=False)
 

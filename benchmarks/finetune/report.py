@@ -5,13 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from benchmarks import report
 from benchmarks.finetune import methods
 from benchmarks.finetune.checks import AdapterCheck, Parity
 from benchmarks.finetune.tasks import Quality, Task
 from benchmarks.finetune.train import WARMUP, Result
+from benchmarks.terminal import Console
 
 
 @dataclass(frozen=True)
@@ -137,12 +136,11 @@ def _record(outcome: Outcome, device: Any) -> dict[str, Any]:
     }
 
 
-def publish(outcome: Outcome, device: Any, out: Path | None, console: Console) -> None:
+def publish(outcome: Outcome, device: Any, folder: Path, console: Console) -> None:
     """Print the tables; write JSON, Markdown and the figure."""
     shown = tables(outcome)
     for table in shown:
         table.show(console)
-    folder = report.folder_for(device, out)
     stem = f"finetune-{outcome.task.name}"
     picture = ""
     try:

@@ -2,13 +2,12 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import nn
 
 from fastlora.adapters import loralib
@@ -39,14 +38,13 @@ def save(
     tensors = {key: t.contiguous().clone() for key, t in lora_state_dict(model, bias).items()}
     metadata = {"format": "pt", "adapter": format, "scaling": json.dumps(scalings)}
     path = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        save_file(tensors, temporary, metadata)
+        # save_file would make the file unreadable for others, whatever the umask
+        temporary.write_bytes(serialize(tensors, metadata))
         os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(

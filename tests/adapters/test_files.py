@@ -50,15 +50,21 @@ def test_the_file_says_what_it_is(tmp_path):
         assert file.metadata()["scaling"] == '{"0": 2.0, "1": 2.0}'
 
 
+def test_the_file_has_the_usual_permissions(tmp_path):
+    adapters.save(model(), tmp_path / "a.safetensors")
+    (tmp_path / "b").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "b").stat().st_mode
+
+
 def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     adapters.save(model(), path)
     before = path.read_bytes()
 
-    def fail(*_):
+    def fail(path, target):
         raise OSError("disk full")
 
-    monkeypatch.setattr("fastlora.adapters.files.save_file", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="disk full"):
         adapters.save(model(1), path)
     assert path.read_bytes() == before
