@@ -69,7 +69,7 @@ def run(
     skipped: dict[str, str] = {}
     table = providers(compiled)
     with console.progress() as progress:
-        task = progress.add_task("layers", total=len(shapes), status="")
+        task = progress.add_task("layers", total=len(shapes))
         for shape in shapes:
             progress.update(task, status=f"{shape.label} r={shape.r} p={shape.p}")
             inputs = Inputs.make(shape, device)

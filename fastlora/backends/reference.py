@@ -18,8 +18,8 @@ from fastlora.blocks import Blocks
 
 name = "reference"
 
-# elements of a row block, 2 MiB in fp32: smaller ones measured slower on a 2-core AVX-512 Xeon, larger
-# ones no faster and with more memory; a GPU, where a block costs launches, takes larger ones
+# elements of a row block, 2 MiB in fp32: on a 2-core AVX-512 Xeon smaller ones measured slower,
+# larger ones no faster; a GPU, where a block costs launches, takes larger ones
 _BLOCK_ELEMENTS = 1 << 19
 _GPU_BLOCKS = 8
 
