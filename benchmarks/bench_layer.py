@@ -82,7 +82,7 @@ def run(
                     skipped[f"{name} ({kind})"] = str(reason)
             check(shape, device)
             rows += measure(shape, cases, device)
-            progress.advance(task)
+            progress.update(task, advance=1)
     return rows, skipped
 
 

@@ -1,0 +1,36 @@
+"""The layer benchmark runs to its end, on small layers, with rich and without."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+SCRIPT = """
+import sys
+
+if sys.argv.pop(1) == "plain":
+    sys.modules["rich"] = None
+from benchmarks import bench_layer, shapes
+
+blocks = (None, (True, False, True))
+small = [shapes.Shape(64, 96, 192, 8, p, on) for p in (0.0, 0.1) for on in blocks]
+bench_layer.grid = lambda device, quick: small[: 1 + 3 * quick]
+bench_layer.main()
+"""
+
+
+@pytest.mark.parametrize(("terminal", "size"), [("plain", "--quick"), ("rich", "--full")])
+def test_layer_benchmark(terminal, size, tmp_path):
+    command = [sys.executable, "-c", SCRIPT, terminal, size, "--out", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "× loralib" in result.stdout
+    record = json.loads((tmp_path / "layer.json").read_text())
+    measured = {row["provider"] for row in record["rows"]}
+    assert {"frozen linear", "loralib", "PEFT", "fastlora"} <= measured
+    assert all(row["seconds"]["median"] > 0 for row in record["rows"])
+    assert "| fastlora |" in (tmp_path / "layer.md").read_text()
