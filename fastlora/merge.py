@@ -213,6 +213,14 @@ def _round(values: Tensor, dtype: torch.dtype) -> Tensor:
     return (bits + toward * inexact).view(torch.float32).to(dtype)
 
 
+def fingerprint(factor: Tensor) -> int:
+    """64 bits that change with any element of a (thin) tensor, and with its place."""
+    bits = factor.detach().contiguous().view(_BITS_OF[factor.dtype]).flatten().long()
+    # an odd multiplier spreads the places over 64 bits; products and sum wrap
+    places = torch.arange(1, len(bits) + 1, device=bits.device) * 0x1E3779B97F4A7C15
+    return int((bits * places).sum())
+
+
 def _checksum(weights: Sequence[Tensor]) -> int:
     return sum(int(w.view(_BITS_OF[w.dtype]).sum(dtype=torch.int64)) for w in weights)
 

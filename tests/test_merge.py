@@ -274,6 +274,21 @@ def test_a_changed_factor_is_noticed_while_merged():
     assert torch.allclose(layer(x), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_a_fingerprint_tells_values_and_places(dtype):
+    factor = torch.randn(16, 24, dtype=dtype)
+    expected, seen = merging.fingerprint(factor), set()
+    assert merging.fingerprint(factor.t().contiguous().t()) == expected
+    for i in range(16):
+        changed = factor.clone()
+        changed.view(INT[changed.element_size()])[i, i] ^= 1
+        seen.add(merging.fingerprint(changed))
+    swapped = factor.clone()
+    swapped[0, 0], swapped[0, 1] = factor[0, 1], factor[0, 0]
+    seen.add(merging.fingerprint(swapped))
+    assert len(seen) == 17 and expected not in seen
+
+
 def test_an_edited_weight_is_refused():
     layer = fastlora.Linear(8, 6, r=2, init_lora_weights=False).eval()
     layer.weight.data[0, 0] += 1

@@ -1,6 +1,7 @@
 """What every LoRA layer shares: its options, its factors and how they are drawn."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,36 @@ INITS = (True, False, "gaussian")
 
 # how a layer is built before it adopts the parameters of another: no memory, no random numbers
 META: dict[str, Any] = {"device": "meta"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options that every layer takes, checked before anything is built.
+
+    Raises:
+        ValueError: a negative rank, a dropout outside [0, 1], an unknown initialisation or backend.
+        TypeError: a rank that is not an int, factors that are not floating-point.
+    """
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    merge_weights: bool
+    use_rslora: bool
+    init_lora_weights: bool | str
+    lora_dtype: torch.dtype | None
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        checks.rank("r", self.r)
+        checks.probability("lora_dropout", self.lora_dropout)
+        checks.number("lora_alpha", self.lora_alpha)
+        if self.init_lora_weights not in INITS:
+            got, expected = self.init_lora_weights, ", ".join(repr(i) for i in INITS)
+            raise ValueError(f"init_lora_weights: got {got!r}, expected one of {expected}")
+        if self.lora_dtype is not None:
+            checks.float_dtype("lora_dtype", self.lora_dtype)
+        backends.check_name(self.backend)
 
 
 class LoRALayer(Mergeable):
@@ -33,26 +64,17 @@ class LoRALayer(Mergeable):
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
-    def _init_lora(
-        self,
-        r: int,
-        lora_alpha: float,
-        lora_dropout: float,
-        merge_weights: bool,
-        use_rslora: bool,
-        init_lora_weights: bool | str,
-        lora_dtype: torch.dtype | None,
-        backend: str,
-    ) -> None:
+    def _init_lora(self, options: Options) -> None:
         """Sets the options; ``nn.Module.__init__`` has run."""
-        self.r = r
-        self.lora_alpha = lora_alpha
-        self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
-        self.merge_weights = merge_weights
-        self.use_rslora = use_rslora
-        self.init_lora_weights = init_lora_weights
-        self.backend = backend
-        self._lora_dtype = lora_dtype
+        self.r = options.r
+        self.lora_alpha = options.lora_alpha
+        p = options.lora_dropout
+        self.lora_dropout = nn.Dropout(p) if p > 0 else nn.Identity()
+        self.merge_weights = options.merge_weights
+        self.use_rslora = options.use_rslora
+        self.init_lora_weights = options.init_lora_weights
+        self.backend = options.backend
+        self._lora_dtype = options.lora_dtype
         self.weight_is_shared = False
         self._merge_record = None
         self._merged_factors = {}
@@ -133,33 +155,6 @@ class LoRALayer(Mergeable):
         if self.merged:
             text += ", merged=True"
         return text
-
-
-def check_options(
-    r: int,
-    lora_alpha: float,
-    lora_dropout: float,
-    init_lora_weights: bool | str,
-    lora_dtype: torch.dtype | None,
-    backend: str = "auto",
-) -> None:
-    """The options every layer takes, checked before anything is built.
-
-    Raises:
-        ValueError: a negative rank, a dropout outside [0, 1], an unknown initialisation or backend.
-        TypeError: a rank that is not an int, factors that are not floating-point.
-    """
-    checks.rank("r", r)
-    checks.probability("lora_dropout", lora_dropout)
-    checks.number("lora_alpha", lora_alpha)
-    if init_lora_weights not in INITS:
-        expected = ", ".join(repr(i) for i in INITS)
-        raise ValueError(
-            f"init_lora_weights: got {init_lora_weights!r}, expected one of {expected}"
-        )
-    if lora_dtype is not None:
-        checks.float_dtype("lora_dtype", lora_dtype)
-    backends.check_name(backend)
 
 
 def active_dropout(module: nn.Module) -> tuple[float, bool]:

@@ -11,7 +11,7 @@ from typing_extensions import Self
 from fastlora import functional
 from fastlora.backends.reference import accumulation_dtype
 from fastlora.blocks import Blocks
-from fastlora.layers.base import META, LoRALayer, active_dropout, check_options
+from fastlora.layers.base import META, LoRALayer, Options, active_dropout
 from fastlora.merge import Term
 
 FACTORIZATIONS = ("loralib", "locon", "tucker")
@@ -79,14 +79,7 @@ class ConvLoRA(LoRALayer, nn.modules.conv._ConvNd):
         lora_dtype: Any = None,
         **kwargs: Any,
     ) -> None:
-        check_options(r, lora_alpha, lora_dropout, init_lora_weights, lora_dtype)
-        if factorization not in FACTORIZATIONS:
-            expected = ", ".join(repr(f) for f in FACTORIZATIONS)
-            raise ValueError(f"factorization: got {factorization!r}, expected one of {expected}")
-        # the plain convolution is next but one in the order of resolution: Conv2d -> ConvLoRA -> it
-        super().__init__(in_channels, out_channels, kernel_size, **kwargs)  # type: ignore[arg-type]
-        self.factorization = factorization
-        self._init_lora(
+        options = Options(
             r,
             lora_alpha,
             lora_dropout,
@@ -94,8 +87,14 @@ class ConvLoRA(LoRALayer, nn.modules.conv._ConvNd):
             use_rslora,
             init_lora_weights,
             lora_dtype,
-            "auto",
         )
+        if factorization not in FACTORIZATIONS:
+            expected = ", ".join(repr(f) for f in FACTORIZATIONS)
+            raise ValueError(f"factorization: got {factorization!r}, expected one of {expected}")
+        # the plain convolution is next but one in the order of resolution: Conv2d -> ConvLoRA -> it
+        super().__init__(in_channels, out_channels, kernel_size, **kwargs)  # type: ignore[arg-type]
+        self.factorization = factorization
+        self._init_lora(options)
         if r > 0:
             shapes = self._factor_shapes()
             self._add_factors(**shapes, **({"lora_bias": (out_channels,)} if lora_bias else {}))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from fastlora import functional
-from fastlora.layers.base import META, LoRALayer, check_options
+from fastlora.layers.base import META, LoRALayer, Options
 from fastlora.merge import Term
 
 
@@ -55,16 +55,22 @@ class Embedding(LoRALayer, nn.Embedding):
         lora_dtype: Any = None,
         **kwargs: Any,
     ) -> None:
-        check_options(r, lora_alpha, 0.0, init_lora_weights, lora_dtype)
+        options = Options(
+            r,
+            lora_alpha,
+            0.0,
+            merge_weights,
+            use_rslora,
+            init_lora_weights,
+            lora_dtype,
+        )
         if r > 0 and kwargs.get("max_norm") is not None:
             raise ValueError(
                 f"max_norm: got {kwargs['max_norm']}, expected None with r > 0 "
                 "(it rewrites the table at every lookup)"
             )
         nn.Embedding.__init__(self, num_embeddings, embedding_dim, **kwargs)
-        self._init_lora(
-            r, lora_alpha, 0.0, merge_weights, use_rslora, init_lora_weights, lora_dtype, "auto"
-        )
+        self._init_lora(options)
         if r > 0:
             self._add_factors(lora_A=(r, num_embeddings), lora_B=(embedding_dim, r))
         self.reset_parameters()

@@ -9,7 +9,7 @@ from typing_extensions import Self
 
 from fastlora import functional
 from fastlora.blocks import Blocks
-from fastlora.layers.base import META, LoRALayer, active_dropout, check_options
+from fastlora.layers.base import META, LoRALayer, Options, active_dropout
 from fastlora.merge import Term
 
 
@@ -147,9 +147,7 @@ class Linear(BlockLinear):
         backend: str = "auto",
         **kwargs: Any,
     ) -> None:
-        check_options(r, lora_alpha, lora_dropout, init_lora_weights, lora_dtype, backend)
-        nn.Linear.__init__(self, in_features, out_features, **kwargs)
-        self._init_lora(
+        options = Options(
             r,
             lora_alpha,
             lora_dropout,
@@ -159,6 +157,8 @@ class Linear(BlockLinear):
             lora_dtype,
             backend,
         )
+        nn.Linear.__init__(self, in_features, out_features, **kwargs)
+        self._init_lora(options)
         self._init_blocks(Blocks.single(out_features), fan_in_fan_out, lora_bias)
 
     @classmethod

@@ -28,7 +28,7 @@ class Mergeable(nn.Module):
     weight_is_shared: bool
     weight: Tensor
     _merge_record: merging.MergeRecord | None
-    _merged_factors: dict[str, Tensor]
+    _merged_factors: dict[str, int]
     _merged_scaling: float
     _merged_counters: list[tuple[int, int | None]]
 
@@ -129,7 +129,7 @@ class Mergeable(nn.Module):
             self._merge_record = merging.merge(terms, scaling)
         else:
             self._merge_record = merging.switch(terms, scaling, self._merge_record)
-        self._merged_factors = {name: t.detach().clone() for name, t in lora.items()}
+        self._merged_factors = {name: merging.fingerprint(t) for name, t in lora.items()}
         self._merged_scaling = scaling
         self._merged_counters = self._counters()
 
@@ -141,7 +141,7 @@ class Mergeable(nn.Module):
     def _merge_is_stale(self) -> bool:
         """Whether a merged layer's factors or scaling have changed since."""
         return self._merged_scaling != float(self.scaling) or any(
-            not torch.equal(p, self._merged_factors[name])
+            merging.fingerprint(p) != self._merged_factors[name]
             for name, p in self.lora_parameters().items()
             if name != "lora_bias"
         )

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from fastlora import checks
-from fastlora.layers.base import check_options
+from fastlora.layers.base import Options
 from fastlora.layers.linear import BlockLinear
 
 
@@ -65,9 +65,7 @@ class MergedLinear(BlockLinear):
         **kwargs: Any,
     ) -> None:
         blocks = checks.blocks(out_features, enable_lora, out_splits, interleave)
-        check_options(r, lora_alpha, lora_dropout, init_lora_weights, lora_dtype, backend)
-        nn.Linear.__init__(self, in_features, out_features, **kwargs)
-        self._init_lora(
+        options = Options(
             r,
             lora_alpha,
             lora_dropout,
@@ -77,6 +75,8 @@ class MergedLinear(BlockLinear):
             lora_dtype,
             backend,
         )
+        nn.Linear.__init__(self, in_features, out_features, **kwargs)
+        self._init_lora(options)
         self._init_blocks(blocks, fan_in_fan_out, lora_bias)
         self.enable_lora = list(blocks.enabled)
 
