@@ -97,7 +97,9 @@ def factor_dtypes(dtype: torch.dtype, **factors: Tensor | None) -> None:
 
 def number(name: str, value: object) -> None:
     """``value`` is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.SymFloat):
+    if isinstance(value, bool) or not isinstance(
+        value, int | float | torch.SymInt | torch.SymFloat
+    ):
         raise TypeError(f"{name}: got {value!r}, expected a number")
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name}: got {value}, expected a finite number")

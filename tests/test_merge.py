@@ -1,5 +1,6 @@
 import contextlib
 import math
+import warnings
 
 import pytest
 import torch
@@ -287,6 +288,22 @@ def test_a_fingerprint_tells_values_and_places(dtype):
     swapped[0, 0], swapped[0, 1] = factor[0, 1], factor[0, 0]
     seen.add(merging.fingerprint(swapped))
     assert len(seen) == 17 and expected not in seen
+
+
+def test_training_a_merged_layer_warns():
+    layer, x = fastlora.Linear(8, 6, r=2, merge_weights=False), torch.randn(3, 8)
+    layer.merge()
+    with pytest.warns(UserWarning, match="is merged, so its factors get no gradient"):
+        layer(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            layer(x)
+        layer.eval()
+        layer(x)
+        layer.unmerge()
+        layer.train()
+        layer(x)
 
 
 def test_an_edited_weight_is_refused():

@@ -147,11 +147,17 @@ class Mergeable(nn.Module):
         )
 
     def _uses_base_only(self) -> bool:
-        """Whether forward is the plain layer's; warns where the merged delta is out of date."""
+        """Whether forward is the plain layer's; warns where a merged one is not what is wanted."""
         if not self.merged:
             return not self.adapted
         if torch.compiler.is_compiling():
             return True
+        if self.training and torch.is_grad_enabled():
+            warnings.warn(
+                f"{type(self).__name__}: is merged, so its factors get no gradient; unmerge() to "
+                "train, or use torch.no_grad()",
+                stacklevel=3,
+            )
         counters = self._counters()
         # comparing factors synchronises a GPU: only where they may have changed
         if counters != self._merged_counters or self._merged_scaling != self.scaling:
