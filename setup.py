@@ -11,6 +11,8 @@ from pathlib import Path
 from setuptools import setup
 
 MODE = os.environ.get("FASTLORA_BUILD", "auto")
+# merging depends on the order of roundings: no contraction but where the source says fma
+COMPILE_ARGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fopenmp"]
 SOURCES = sorted(str(path) for path in Path("csrc").rglob("*.cpp"))
 
 
@@ -46,8 +48,12 @@ def extension():
                 give_up(error)
 
     print("fastlora: building the C++ extension")
-    include = str(Path("csrc/include").absolute())
-    module = CppExtension("fastlora._C", SOURCES, include_dirs=[include])
+    include = [str(Path(folder).absolute()) for folder in ("csrc", "csrc/cpu")]
+    # OpenMP is compiled in but not linked: its symbols are those of the runtime that torch has
+    # loaded, as a second one would compete with it for the cores
+    module = CppExtension(
+        "fastlora._C", SOURCES, include_dirs=include, extra_compile_args=COMPILE_ARGS
+    )
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 
 

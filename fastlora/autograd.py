@@ -72,8 +72,9 @@ class LoRALinear(torch.autograd.Function):
         spec: LinearSpec,
     ) -> Tensor:
         need_X, need_W, need_A, need_B, *_ = ctx.needs_input_grad
-        S, mask = spec.backend.shrink(X, A, spec.c, spec.t, seed)
-        Y = spec.backend.expand(X, W.to(X.dtype), bias, S, B, spec.blocks)
+        Y, S, mask = spec.backend.forward(
+            X, W.to(X.dtype), bias, A, B, spec.c, spec.t, seed, spec.blocks
+        )
         ctx.spec = spec
         ctx.save_for_backward(
             X if need_A or need_W else None,
@@ -90,21 +91,15 @@ class LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         X, W, A, B, S, mask = ctx.saved_tensors
         need_X, need_W, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
-        spec, backend = ctx.spec, ctx.spec.backend
+        spec = ctx.spec
         if 0 in dY.stride():
             # the gradient of a sum: each product would make its own copy
             dY = dY.contiguous()
-        dX = dW = dA = dS = dB = None
-        if need_X or need_A or need_B:
-            dS, dB = backend.grad_expand(
-                dY, S, B, spec.c, spec.blocks, need_dS=need_X or need_A, need_dB=need_B
-            )
-        if need_A:
-            dA = backend.grad_shrink(dS, X, mask, A)
-        if need_X:
-            dX = backend.grad_input(dY, W.to(dY.dtype), dS, A, mask)
-        if need_W:
-            dW = dY.t() @ X
+        W = W.to(dY.dtype) if need_X else None
+        dX, dA, dB = spec.backend.backward(
+            dY, X, W, A, B, S, mask, spec.c, spec.blocks, need_X, need_A, need_B
+        )
+        dW = dY.t() @ X if need_W else None
         dbias = dY.sum(0) if need_bias else None
         return dX, dW, dA, dB, dbias, None, None
 

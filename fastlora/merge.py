@@ -15,18 +15,15 @@ whole, if that is smaller).
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from fastlora import backends
+from fastlora.backends import native_merge, reference_merge
+
 _BLOCK_ELEMENTS = 1 << 18
-_CODE_BITS = (0, 2, 4, 8)
-_BITS_OF = {
-    torch.bfloat16: torch.int16,
-    torch.float16: torch.int16,
-    torch.float32: torch.int32,
-    torch.float64: torch.int64,
-}
 
 
 @dataclass(frozen=True)
@@ -83,14 +80,15 @@ def switch(terms: Sequence[Term], scaling: float, old: "MergeRecord") -> "MergeR
     Raises:
         MergeError: as :func:`merge`; also if the weight was edited since it was merged.
     """
-    old.check_untouched([term.weight for term in terms])
+    old.check_untouched(terms)
     return _rewrite(terms, scaling, old)
 
 
 @torch.no_grad()
 def add_delta(terms: Sequence[Term], scaling: float) -> None:
     """Adds each term's delta to its weight, rounded once, and keeps nothing to undo it."""
-    for _, (block, _), _, after in _merged_blocks(terms, scaling, None):
+    deltas = [_Delta.of(term, scaling) for term in terms]
+    for _, (block, _), _, after in _merged_blocks(terms, deltas, None):
         block.copy_(after)
 
 
@@ -123,9 +121,10 @@ class MergeRecord:
             c.nbytes for part in self.corrections for c in part
         )
 
-    def check_untouched(self, weights: Sequence[Tensor]) -> None:
+    def check_untouched(self, terms: Sequence[Term]) -> None:
         """Raises MergeError if the merged weight has been edited."""
-        if _checksum(weights) != self.checksum:
+        found = sum(_checksum(term.weight[rows]) for term in terms for rows, _ in term.blocks())
+        if found != self.checksum:
             raise MergeError(
                 "weight: was edited while merged, so what it held before cannot be restored; "
                 "unmerge() before editing it (load_state_dict does so by itself)"
@@ -141,16 +140,19 @@ class MergeRecord:
             MergeError: the weight was edited since it was merged.
         """
         with torch.no_grad():
-            self.check_untouched([term.weight for term in terms])
+            self.check_untouched(terms)
             for part, term in enumerate(terms):
-                for i, (rows, left_rows) in enumerate(term.blocks()):
-                    block = term.weight[rows]
-                    block.copy_(self.before(part, i, block, left_rows))
+                for block, _, before in self.unmerged_blocks(part, term):
+                    block.copy_(before)
 
-    def before(self, part: int, i: int, merged: Tensor, left_rows: slice) -> Tensor:
-        """The values before the merge of block ``i`` of a part, from its merged values."""
-        predicted = self.predictors[part].before(merged, left_rows)
-        return self.corrections[part][i].apply(predicted)
+    def unmerged_blocks(self, part: int, term: Term) -> Iterator[tuple[Tensor, slice, Tensor]]:
+        """Of each block of a part: the block, its rows of ``left``, and its values before."""
+        delta = self.predictors[part].negative()
+        for correction, (rows, left_rows) in zip(
+            self.corrections[part], term.blocks(), strict=True
+        ):
+            block = term.weight[rows]
+            yield block, left_rows, correction.undo(block, delta, left_rows)
 
 
 def _rewrite(terms: Sequence[Term], scaling: float, old: MergeRecord | None) -> MergeRecord:
@@ -160,69 +162,98 @@ def _rewrite(terms: Sequence[Term], scaling: float, old: MergeRecord | None) -> 
         for term in terms:
             if not (term.left.isfinite().all() and term.right.isfinite().all()):
                 raise MergeError("lora factors: got NaN or Inf, expected finite values")
-        if any(_may_overflow(term, scaling) for term in terms):
-            for _, _, before, after in _merged_blocks(terms, scaling, old):
+        deltas = [_Delta.of(term, scaling) for term in terms]
+        if _may_overflow(terms, deltas, old):
+            for _, _, before, after in _merged_blocks(terms, deltas, old):
                 if not torch.equal(after.isfinite(), before.isfinite()):
                     raise MergeError(f"weight: the merged values overflow {after.dtype}")
         predictors = tuple(_Predictor.of(term, scaling) for term in terms)
+        negatives = [predictor.negative() for predictor in predictors]
         corrections: list[list[_Correction]] = [[] for _ in terms]
-        for part, (block, left_rows), before, after in _merged_blocks(terms, scaling, old):
-            predicted = predictors[part].before(after, left_rows)
+        checksum = 0
+        for part, (block, left_rows), before, after in _merged_blocks(terms, deltas, old):
+            predicted = negatives[part].add_to(after, left_rows)
             corrections[part].append(_Correction.between(predicted, before))
             block.copy_(after)
-        return MergeRecord(
-            predictors,
-            tuple(tuple(c) for c in corrections),
-            _checksum([term.weight for term in terms]),
-        )
+            checksum += _checksum(after)
+        return MergeRecord(predictors, tuple(tuple(c) for c in corrections), checksum)
 
 
 def _merged_blocks(
-    terms: Sequence[Term], scaling: float, old: MergeRecord | None
+    terms: Sequence[Term], deltas: Sequence["_Delta"], old: MergeRecord | None
 ) -> Iterator[tuple[int, tuple[Tensor, slice], Tensor, Tensor]]:
     """Of each block: its part, the block and its rows of ``left``, its values before and after."""
     for part, term in enumerate(terms):
-        left, right = term.left.double(), term.right.double()
-        for i, (rows, left_rows) in enumerate(term.blocks()):
-            block = term.weight[rows]
-            before = block.clone() if old is None else old.before(part, i, block, left_rows)
-            delta = (left[left_rows] @ right).mul_(scaling).view(block.shape)
-            yield part, (block, left_rows), before, _round(delta.add_(before), block.dtype)
+        if old is None:
+            blocks = ((term.weight[rows], left_rows) for rows, left_rows in term.blocks())
+            unmerged = ((block, left_rows, block) for block, left_rows in blocks)
+        else:
+            unmerged = old.unmerged_blocks(part, term)
+        for block, left_rows, before in unmerged:
+            yield part, (block, left_rows), before, deltas[part].add_to(before, left_rows)
 
 
-def _may_overflow(term: Term, scaling: float) -> bool:
-    """Whether a bound on the merged values (Cauchy-Schwarz) exceeds the weight's dtype."""
-    lowest, highest = (t.double() for t in torch.aminmax(term.weight))
-    left = term.left.double().norm(dim=1).max()
-    right = term.right.double().norm(dim=0).max()
-    bound = torch.maximum(-lowest, highest) + abs(scaling) * left * right
-    # the bound is NaN or Inf where the weight holds one, and then says nothing
-    return not bool(bound < torch.finfo(term.weight.dtype).max)
+def _may_overflow(
+    terms: Sequence[Term], deltas: Sequence["_Delta"], old: MergeRecord | None
+) -> bool:
+    """Whether a bound on the merged values comes near the largest of the weight's dtype."""
+    for part, term in enumerate(terms):
+        lowest, highest = (t.double() for t in torch.aminmax(term.weight))
+        bound = torch.maximum(-lowest, highest) + deltas[part].bound()
+        if old is not None:
+            bound += old.predictors[part].negative().bound()
+        # half: the prediction is not exact; not >=: the bound is NaN where the weight holds one
+        if not bound < torch.finfo(term.weight.dtype).max / 2:
+            return True
+    return False
 
 
-def _round(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp64 to ``dtype``, to nearest even, rounded once."""
-    if dtype in (torch.float64, torch.float32):
-        return values.to(dtype)
-    # a 16-bit dtype is reached through fp32: round to odd there, or ties would be rounded twice
-    single = values.float()
-    error = values - single
-    bits = single.view(torch.int32)
-    toward = torch.where((error > 0) == (single > 0), 1, -1).to(torch.int32)
-    inexact = (error != 0) & (bits & 1 == 0) & (single != 0) & single.isfinite()
-    return (bits + toward * inexact).view(torch.float32).to(dtype)
+def _kernels(weight: Tensor) -> ModuleType:
+    """The module of what is done to a block of ``weight``."""
+    native = backends.select(device=weight.device.type).name == "native"
+    return native_merge if native else reference_merge
+
+
+def _checksum(block: Tensor) -> int:
+    return _kernels(block).sum_bits(block)
 
 
 def fingerprint(factor: Tensor) -> int:
     """64 bits that change with any element of a (thin) tensor, and with its place."""
-    bits = factor.detach().contiguous().view(_BITS_OF[factor.dtype]).flatten().long()
+    bits = factor.detach().contiguous().view(reference_merge.BITS_OF[factor.dtype]).flatten().long()
     # an odd multiplier spreads the places over 64 bits; products and sum wrap
     places = torch.arange(1, len(bits) + 1, device=bits.device) * 0x1E3779B97F4A7C15
     return int((bits * places).sum())
 
 
-def _checksum(weights: Sequence[Tensor]) -> int:
-    return sum(int(w.view(_BITS_OF[w.dtype]).sum(dtype=torch.int64)) for w in weights)
+@dataclass(frozen=True)
+class _Delta:
+    """``(left @ right) * row_scale * column_scale``, all in fp64."""
+
+    left: Tensor
+    right: Tensor
+    row_scale: Tensor
+    column_scale: Tensor | None = None
+
+    @classmethod
+    def of(cls, term: Term, scaling: float) -> "_Delta":
+        left, right = term.left.double().contiguous(), term.right.double().contiguous()
+        return cls(left, right, left.new_full((len(left), 1), scaling))
+
+    def add_to(self, base: Tensor, rows: slice) -> Tensor:
+        """``base`` plus these rows of the delta, in its shape, rounded once to its dtype."""
+        left = self.left[rows]
+        matrix = base.reshape(len(left), self.right.shape[1])
+        return (
+            _kernels(base)
+            .add_low_rank(matrix, left, self.right, self.row_scale[rows], self.column_scale)
+            .view(base.shape)
+        )
+
+    def bound(self) -> Tensor:
+        """No element is larger, by Cauchy and Schwarz."""
+        right = self.right if self.column_scale is None else self.right * self.column_scale
+        return (self.left * self.row_scale).norm(dim=1).max() * right.norm(dim=0).max()
 
 
 @dataclass(frozen=True)
@@ -246,12 +277,10 @@ class _Predictor:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.left, self.right, self.left_scale, self.right_scale))
 
-    def before(self, merged: Tensor, rows: slice) -> Tensor:
-        """``round(merged - delta)``, with 0 for NaN, whose bits arithmetic does not define."""
-        delta = self.left[rows].double() @ self.right.double()
-        delta = delta.mul_(self.left_scale[rows]).mul_(self.right_scale).view(merged.shape)
-        before = _round(merged - delta, merged.dtype)
-        return before.where(before == before, before.new_zeros(()))
+    def negative(self) -> _Delta:
+        """What takes the predicted delta off again."""
+        left, right = self.left.double(), self.right.double()
+        return _Delta(left, right, -self.left_scale, self.right_scale)
 
 
 def _to_integers(factor: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor]:
@@ -264,7 +293,7 @@ def _to_integers(factor: Tensor, dim: int, bits: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _Correction:
-    """The distance, in representable numbers, from predicted to true values of one block."""
+    """What leads from the predicted to the true values of one block, or these (``bits < 0``)."""
 
     bits: int
     codes: Tensor
@@ -273,67 +302,17 @@ class _Correction:
 
     @classmethod
     def between(cls, predicted: Tensor, true: Tensor) -> "_Correction":
-        distance = (_order(true) - _order(predicted)).flatten()
-        sizes = {b: _packed_size(distance, b) for b in _CODE_BITS}
-        bits = min(sizes, key=lambda b: sizes[b])
-        if sizes[bits] >= true.nbytes:
-            nothing = distance.new_empty(0)
-            return cls(-1, nothing, nothing, true.clone())
-        outside = ~_within(distance, bits)
-        escaped = outside.nonzero().squeeze(1)
-        codes = (distance + _limit(bits)).masked_fill(outside, 2 * _limit(bits) + 1)
-        return cls(bits, _pack(codes, bits), escaped.to(torch.int32), distance[escaped])
+        return cls(*_kernels(true).encode_correction(predicted, true))
 
     @property
     def nbytes(self) -> int:
         return self.codes.nbytes + self.escaped.nbytes + self.values.nbytes
 
-    def apply(self, predicted: Tensor) -> Tensor:
-        """The true values."""
+    def undo(self, merged: Tensor, delta: _Delta, rows: slice) -> Tensor:
+        """The true values, from the merged ones and the predicted delta's opposite."""
         if self.bits < 0:
             return self.values
-        order = _order(predicted).flatten()
-        distance = _unpack(self.codes, self.bits, len(order)).to(order.dtype) - _limit(self.bits)
-        distance[self.escaped.long()] = self.values
-        true = _flip_negative(order + distance).view(predicted.dtype)
-        return true.view(predicted.shape)
-
-
-def _flip_negative(bits: Tensor) -> Tensor:
-    """An involution between a float's bits and an integer that grows with the float."""
-    return bits ^ ((bits >> (8 * bits.element_size() - 1)) & torch.iinfo(bits.dtype).max)
-
-
-def _order(values: Tensor) -> Tensor:
-    return _flip_negative(values.view(_BITS_OF[values.dtype]))
-
-
-def _limit(bits: int) -> int:
-    """The largest distance that a code of so many bits holds; the top code marks a larger one."""
-    return (1 << (bits - 1)) - 1 if bits else 0
-
-
-def _within(distance: Tensor, bits: int) -> Tensor:
-    return (distance >= -_limit(bits)) & (distance <= _limit(bits))
-
-
-def _packed_size(distance: Tensor, bits: int) -> int:
-    n = distance.numel()
-    outside = n - int(_within(distance, bits).sum())
-    return n * bits // 8 + outside * (4 + distance.element_size())
-
-
-def _pack(codes: Tensor, bits: int) -> Tensor:
-    if not bits:
-        return codes.new_empty(0, dtype=torch.uint8)
-    per_byte = 8 // bits
-    codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, -len(codes) % per_byte))
-    shift = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    return (codes.view(-1, per_byte) << shift).sum(1, dtype=torch.uint8)
-
-
-def _unpack(packed: Tensor, bits: int, n: int) -> Tensor:
-    if not bits:
-        return packed.new_zeros(n)
-    shift = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    return (packed.unsqueeze(1) >> shift & ((1 << bits) - 1)).flatten()[:n]
+        predicted = delta.add_to(merged, rows)
+        return _kernels(merged).decode_correction(
+            predicted, self.bits, self.codes, self.escaped, self.values
+        )

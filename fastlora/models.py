@@ -158,7 +158,9 @@ def explain(layer: LoRALayer, x: Tensor | None = None) -> str:
             "a weight are kept to undo that)"
         )
     else:
-        lines.append(f"path: {backends.select(layer.backend).name}")
+        device = (layer.weight if x is None else x).device.type
+        backend = backends.select(layer.backend, device)
+        lines.append(f"path: {backend.name} ({backend.description()})")
         for name, reason in backends.available().items():
             lines.append(f"  {name}: {'usable' if reason is None else reason}")
         p = getattr(layer.lora_dropout, "p", 0.0) if layer.lora_dropout.training else 0.0

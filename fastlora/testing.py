@@ -114,12 +114,14 @@ def composition(inputs: Inputs) -> dict[str, Tensor]:
         y = F.linear(x, i.weight, bias)
         dropped = x.to(A.dtype) * keep * dropout.inverse_keep(t)
         r = B.shape[1]
+        S = dropped @ A.t()
         # PEFT's order for 16-bit inputs under fp32 factors: add in fp32, then round
         result = y.to(A.dtype).clone()
-        for g, (A_g, B_g) in enumerate(i.blocks.factors(A, B)):
-            assert A_g.shape[0] == r
+        for g, (S_g, (_, B_g)) in enumerate(
+            zip(S.split(r, 1), i.blocks.factors(A, B), strict=True)
+        ):
             out = i.blocks.output(result, g)
-            out += ((dropped @ A_g.t() @ B_g.t()) * i.scaling).view(out.shape)
+            out += ((S_g @ B_g.t()) * i.scaling).view(out.shape)
         return result.to(y.dtype)
 
     return _run(i, layer)

@@ -1,7 +1,7 @@
 """The compute backends: what a backend is, which are usable here, and how one is chosen.
 
 Every backend has the same stages under the same names; ``reference`` holds their documentation.
-A backend is a module of this folder; nothing is decided or probed at import.
+A backend is a module of this folder.
 """
 
 import importlib
@@ -12,21 +12,57 @@ from typing import Protocol, cast
 
 from torch import Tensor
 
-from fastlora.backends import reference
+from fastlora.backends import native, reference
 from fastlora.blocks import Blocks
 
 NAMES = ("reference", "native", "triton")
 
 
 class Backend(Protocol):
-    """The stages of a LoRA linear layer, forward and backward, on 2-D tensors.
+    """The stages of a LoRA linear layer on 2-D tensors, and the two passes made of them.
 
     See :mod:`fastlora.backends.reference` for shapes and dtypes, ``docs/math.md`` for the maths.
+
+    Attributes:
+        name: One of :data:`NAMES`.
+        devices: Types of the devices it has kernels for; None: all that torch has.
     """
 
     name: str
+    devices: tuple[str, ...] | None
 
     def why_not(self) -> str | None: ...
+
+    def description(self) -> str: ...
+
+    def forward(
+        self,
+        X: Tensor,
+        W: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        c: float | Tensor,
+        t: int,
+        seed: Tensor | None,
+        blocks: Blocks,
+    ) -> tuple[Tensor, Tensor, Tensor | None]: ...
+
+    def backward(
+        self,
+        dY: Tensor,
+        X: Tensor | None,
+        W: Tensor | None,
+        A: Tensor | None,
+        B: Tensor,
+        S: Tensor | None,
+        mask: Tensor | None,
+        c: float | Tensor,
+        blocks: Blocks,
+        need_dX: bool,
+        need_dA: bool,
+        need_dB: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
 
     def shrink(
         self, X: Tensor, A: Tensor, c: float | Tensor, t: int, seed: Tensor | None
@@ -69,15 +105,28 @@ def available() -> dict[str, str | None]:
     return {name: _load(name)[1] for name in NAMES}
 
 
-def select(name: str = "auto") -> Backend:
+def select(name: str = "auto", device: str = "cpu") -> Backend:
     """The backend called ``name``; "auto": that of :func:`use_backend`, or the best usable one.
 
+    Args:
+        name: "auto" or a backend's name.
+        device: Type of the device that the tensors are on.
+
     Raises:
-        ValueError: unknown name, or a backend that is not usable here.
+        ValueError: unknown name, or a backend that is not usable here or has no kernels for the
+            device.
     """
     if name == "auto":
         name = _requested.name
-    return reference_backend if name in ("auto", "reference") else _named(name)
+    if name == "auto":
+        name = "native" if device == "cpu" and native.why_not() is None else "reference"
+    backend = _named(name)
+    if backend.devices is not None and device not in backend.devices:
+        raise ValueError(
+            f"backend: {name!r} has no kernels for tensors on {device}, expected "
+            f"{' or '.join(backend.devices)}"
+        )
+    return backend
 
 
 @contextmanager
@@ -87,7 +136,8 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: unknown name, or a backend that is not usable here.
     """
-    select(name)
+    if name != "auto":
+        _named(name)
     outer, _requested.name = _requested.name, name
     try:
         yield
@@ -96,6 +146,12 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def _load(name: str) -> tuple[Backend | None, str | None]:
+    # not through importlib, which torch.compile cannot trace
+    if name == "reference":
+        return reference_backend, None
+    if name == "native":
+        reason = native.why_not()
+        return (native_backend if reason is None else None), reason
     try:
         backend = cast(Backend, importlib.import_module(f"fastlora.backends.{name}"))
     except ModuleNotFoundError as error:
@@ -121,3 +177,4 @@ def _named(name: str) -> Backend:
 
 
 reference_backend = cast(Backend, reference)
+native_backend = cast(Backend, native)

@@ -17,6 +17,7 @@ from fastlora import dropout
 from fastlora.blocks import Blocks
 
 name = "reference"
+devices = None
 
 # elements of a row block, 2 MiB in fp32: on a 2-core AVX-512 Xeon smaller ones measured slower,
 # larger ones no faster; a GPU, where a block costs launches, takes larger ones
@@ -27,6 +28,11 @@ _GPU_BLOCKS = 8
 def why_not() -> str | None:
     """None: this backend is usable everywhere PyTorch is."""
     return None
+
+
+def description() -> str:
+    """What it is made of, in a word or two."""
+    return "plain PyTorch"
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -48,6 +54,58 @@ def row_blocks(M: int, width: int, device: str = "cpu") -> Iterator[slice]:
 
 def _rows(mask: Tensor | None, rows: slice) -> Tensor | None:
     return None if mask is None else mask[rows]
+
+
+def forward(
+    X: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    c: float | Tensor,
+    t: int,
+    seed: Tensor | None,
+    blocks: Blocks,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The stages of the forward pass: Y, and for backward S and the packed mask."""
+    S, mask = shrink(X, A, c, t, seed)
+    return expand(X, W, bias, S, B, blocks), S, mask
+
+
+def backward(
+    dY: Tensor,
+    X: Tensor | None,
+    W: Tensor | None,
+    A: Tensor | None,
+    B: Tensor,
+    S: Tensor | None,
+    mask: Tensor | None,
+    c: float | Tensor,
+    blocks: Blocks,
+    need_dX: bool,
+    need_dA: bool,
+    need_dB: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The stages of the backward pass: dX, dA and dB, each None where it is not asked for.
+
+    X may be None without ``need_dA``, W without ``need_dX``, A without both and S without
+    ``need_dB``.
+    """
+    dX = dA = dS = dB = None
+    if need_dX or need_dA or need_dB:
+        dS, dB = grad_expand(dY, S, B, c, blocks, need_dX or need_dA, need_dB)
+    if A is not None and dS is not None:
+        dA = grad_shrink(dS, X, mask, A) if need_dA and X is not None else None
+        dX = grad_input(dY, W, dS, A, mask) if need_dX and W is not None else None
+    return dX, dA, dB
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``out + left @ right``, in the place of ``out``."""
+    if out.shape[0] < 4 and not torch.compiler.is_compiling():
+        # MKL's path for so few rows is up to 1.4 times less accurate (rms) when it adds to out
+        return out.add_(left @ right)
+    return out.addmm_(left, right)
 
 
 def shrink(
@@ -106,7 +164,7 @@ def expand(
             Y_g = blocks.output(Y[rows], g)
             delta = (S_g[rows] @ B_g).view(Y_g.shape)
             Y_g.copy_(delta if bias is None else delta.add_(blocks.output(bias, g)))
-    return Y.addmm_(X, W.t())
+    return _add_product(Y, X, W.t())
 
 
 def grad_expand(
@@ -135,21 +193,21 @@ def grad_expand(
     M, r = dY.shape[0], B.shape[1]
     wide = accumulation_dtype(dY.dtype)
     dS = dY.new_empty((M, blocks.count * r), dtype=wide) if need_dS else None
-    dB = torch.zeros_like(B, dtype=wide) if need_dB else None
+    dBt = dY.new_zeros((r, B.shape[0]), dtype=wide) if need_dB else None
     for g in range(blocks.count):
-        of_g = slice(g * r, (g + 1) * r)
-        Bt_g = B[blocks.rows_of_B(g)].to(wide).t().contiguous()
+        of_g, rows_of_B = slice(g * r, (g + 1) * r), blocks.rows_of_B(g)
+        Bt_g = B[rows_of_B].to(wide).t().contiguous()
         for rows in row_blocks(M, Bt_g.shape[1], dY.device.type):
             dY_g = blocks.output(dY[rows], g).flatten(1).to(wide)
             if dS is not None:
                 # this way round, BLAS libraries sum in more than one accumulator: measured rms
                 # error in fp32 0.2 to 1 times that of dY_g @ B_g
                 dS[rows, of_g] = (Bt_g @ dY_g.t()).t()
-            if dB is not None and S is not None:
-                dB[blocks.rows_of_B(g)].addmm_(dY_g.t(), S[rows, of_g])
+            if dBt is not None and S is not None:
+                dBt[:, rows_of_B].addmm_(S[rows, of_g].t(), dY_g)
     return (
         None if dS is None else dS.mul_(c),
-        None if dB is None else dB.to(B.dtype),
+        None if dBt is None else dBt.t().to(B.dtype).contiguous(),
     )
 
 
@@ -170,7 +228,7 @@ def grad_input(dY: Tensor, W: Tensor, dS: Tensor | None, A: Tensor, mask: Tensor
     dX = dY.new_empty(M, K)
     for rows in row_blocks(M, K, dY.device.type):
         dX[rows] = dropout.keep(dS[rows] @ A, _rows(mask, rows))
-    return dX.addmm_(dY, W)
+    return _add_product(dX, dY, W)
 
 
 def delta(A: Tensor, B: Tensor, scaling: float | Tensor, blocks: Blocks) -> Tensor:

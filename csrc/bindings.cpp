@@ -1,0 +1,526 @@
+// The one file that knows torch: the stages as operators, and what the extension says of itself.
+//
+// csrc/cpu works on ranges of rows; here threads, buffers and the base products are added. The base
+// product is added in place by torch's own BLAS, so that it costs what the frozen layer costs.
+
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <torch/extension.h>
+
+#include <array>
+#include <cstring>
+#include <functional>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace fastlora {
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+// rows of a factor that a thread is woken for
+constexpr int64_t kFactorRows = 256;
+// a multiple of every register tile's rows
+constexpr int64_t kRowStep = 8;
+// elements every row of a Packed that is read as vectors is padded to
+constexpr int64_t kPadding = 16;
+
+// the widest build that torch, too, would use here (ATEN_CPU_CAPABILITY lowers both)
+const Kernels& kernels() {
+#if defined(__x86_64__)
+  const std::string capability = at::get_cpu_capability();
+  if (capability == "AVX512") return avx512;
+  if (capability == "AVX2") return avx2;
+#endif
+  return baseline;
+}
+
+Dtype dtype_of(at::ScalarType type) {
+  switch (type) {
+    case at::kFloat: return Dtype::f32;
+    case at::kDouble: return Dtype::f64;
+    case at::kBFloat16: return Dtype::bf16;
+    case at::kHalf: return Dtype::f16;
+    default: TORCH_CHECK_TYPE(false, "dtype: got ", type, ", expected a floating-point type");
+  }
+}
+
+const Stages& stages_for(const Tensor& t) { return kernels().of(dtype_of(t.scalar_type())); }
+
+at::ScalarType accumulation_type(const Tensor& t) {
+  return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+Matrix matrix(const Tensor& t) {
+  return {t.data_ptr(), dtype_of(t.scalar_type()), t.size(0), t.size(1), t.stride(0), t.stride(1)};
+}
+
+Packed packed(const Tensor& t) { return {t.data_ptr(), t.size(-1)}; }
+
+Mask mask_of(const optional<Tensor>& mask) {
+  return mask ? Mask{mask->data_ptr<uint8_t>(), mask->size(1)} : Mask{};
+}
+
+int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// How M rows are shared out among threads: always the same for one M and one number of threads,
+// so that sums over rows come out the same.
+struct Parts {
+  int64_t count, rows;
+
+  Parts(int64_t M, int64_t least) {
+    const int64_t most = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), M / least));
+    rows = round_up(std::max<int64_t>(1, (M + most - 1) / most), kRowStep);
+    count = (M + rows - 1) / rows;
+  }
+
+  template <class F>
+  void run(int64_t M, const F& f) const {
+    at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; ++part)
+        f(part, part * rows, std::min(M, (part + 1) * rows));
+    });
+  }
+};
+
+// Blocks of fastlora/blocks.py, spelled out
+struct Layout {
+  std::vector<Span> spans;
+  int64_t groups = 0, rows_of_B = 0, packed = 0;
+
+  Layout(at::IntArrayRef splits, const c10::List<bool>& enabled, int64_t interleave) {
+    TORCH_CHECK_VALUE(splits.size() == enabled.size() && interleave > 0, "blocks: got ", splits.size(),
+                      " sizes, ", enabled.size(), " switches, interleave=", interleave);
+    int64_t pattern = 0;
+    for (const int64_t n : splits) {
+      TORCH_CHECK_VALUE(n > 0 && n % interleave == 0, "splits: got ", splits,
+                        ", expected positive multiples of interleave=", interleave);
+      pattern += n / interleave;
+    }
+    for (int64_t repeat = 0; repeat < interleave; ++repeat) {
+      int64_t g = 0, column = repeat * pattern, row = 0;
+      for (size_t i = 0; i < splits.size(); ++i) {
+        const int64_t width = splits[i] / interleave;
+        if (enabled[i]) {
+          spans.push_back({g++, column, width, row + repeat * width, packed});
+          packed += round_up(width, kPadding);
+          row += splits[i];
+        }
+        column += width;
+      }
+      groups = g;
+      rows_of_B = row;
+    }
+    N = pattern * interleave;
+  }
+
+  int64_t N = 0;
+  Spans view() const { return {groups, spans.data(), int64_t(spans.size())}; }
+};
+
+void check(bool fits, const char* name, const Tensor& t, at::IntArrayRef expected) {
+  TORCH_CHECK_VALUE(fits, name, ": got shape ", t.sizes(), ", expected ", expected);
+}
+
+void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_t cols) {
+  check(t.dim() == 2 && t.size(0) == rows && t.size(1) == cols, name, t, {rows, cols});
+  TORCH_CHECK_VALUE(t.device().is_cpu(), name, ": got device ", t.device(), ", expected cpu");
+}
+
+double times(double c, const optional<Tensor>& scale) {
+  return scale ? c * scale->item<double>() : c;
+}
+
+// ---- factors ------------------------------------------------------------------------------------
+
+// The factor as (rows, padded cols), widened: itself where it is that already.
+Tensor pack_rows(const Tensor& factor, at::ScalarType wide, int64_t padding = 0) {
+  const int64_t rows = factor.size(0), cols = factor.size(1);
+  const int64_t stride = round_up(cols, kPadding) + padding;
+  if (factor.scalar_type() == wide && factor.is_contiguous() && stride == cols) return factor;
+  const auto options = factor.options().dtype(wide);
+  Tensor out = stride == cols ? at::empty({rows, stride}, options) : at::zeros({rows, stride}, options);
+  at::parallel_for(0, rows, kFactorRows, [&](int64_t begin, int64_t end) {
+    stages_for(factor).pack(matrix(factor), false, packed(out), begin, end);
+  });
+  return out;
+}
+
+// Aᵀ: (K, R padded)
+Tensor pack_transposed(const Tensor& A, at::ScalarType wide) {
+  const int64_t R = A.size(0), K = A.size(1), stride = round_up(R, kPadding);
+  const auto options = A.options().dtype(wide);
+  Tensor out = stride == R ? at::empty({K, stride}, options) : at::zeros({K, stride}, options);
+  const Tensor At = A.t();
+  at::parallel_for(0, K, kFactorRows, [&](int64_t begin, int64_t end) {
+    stages_for(A).pack(matrix(At), false, packed(out), begin, end);
+  });
+  return out;
+}
+
+// Bᵀ: (r, packed columns), each span padded
+Tensor pack_spans(const Tensor& B, const Layout& layout, at::ScalarType wide) {
+  Tensor out = at::empty({B.size(1), layout.packed}, B.options().dtype(wide));
+  if (layout.packed != layout.rows_of_B) out.zero_();
+  for (const Span& span : layout.spans) {
+    const Tensor rows = B.narrow(0, span.row, span.width), to = out.narrow(1, span.packed, span.width);
+    at::parallel_for(0, span.width, kFactorRows, [&](int64_t begin, int64_t end) {
+      stages_for(B).pack(matrix(rows), true, {to.data_ptr(), layout.packed}, begin, end);
+    });
+  }
+  return out;
+}
+
+void add_parts(const Tensor& parts, bool transpose, int64_t column, const Tensor& out) {
+  const Packed first = {static_cast<char*>(parts.data_ptr()) + column * parts.element_size(), parts.size(2)};
+  at::parallel_for(0, out.size(0), kFactorRows, [&](int64_t begin, int64_t end) {
+    stages_for(out).add_parts(first, parts.size(0), parts.size(1) * parts.size(2), transpose, matrix(out),
+                              begin, end);
+  });
+}
+
+// out + left right, in the place of out
+Tensor add_product(Tensor out, const Tensor& left, const Tensor& right) {
+  // MKL's path for so few rows is up to 1.4 times less accurate (rms) when it adds to out
+  return out.size(0) < 4 ? out.add_(left.mm(right)) : out.addmm_(left, right);
+}
+
+// ---- stages -------------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> shrink(const Tensor& X, const Tensor& A, double c, const optional<Tensor>& scale,
+                                  int64_t t, const optional<Tensor>& seed) {
+  check_matrix("A", A, A.size(0), X.size(-1));
+  TORCH_CHECK_VALUE(0 <= t && t <= 65536, "t: got ", t, ", expected 0 to 65536");
+  TORCH_CHECK_VALUE(!t || seed, "seed: got none, expected one where t > 0");
+  const int64_t M = X.size(0), K = X.size(1), R = A.size(0);
+  const auto wide = accumulation_type(X);
+  Tensor S = at::empty({M, R}, X.options().dtype(wide));
+  Tensor mask = at::empty({t ? M : 0, 4 * ((K + 31) / 32)}, X.options().dtype(at::kByte));
+  const Tensor At = pack_transposed(A, wide);
+  const uint64_t key = t ? uint64_t(seed->item<int64_t>()) : 0;
+  const double factor = times(c, scale);
+  Parts(M, kRowStep).run(M, [&](int64_t, int64_t begin, int64_t end) {
+    stages_for(X).shrink(matrix(X), packed(At), factor, uint32_t(t), key,
+                         t ? mask_of(mask) : Mask{}, packed(S), R, begin, end);
+  });
+  return {S, mask};
+}
+
+Tensor expand(const Tensor& X, const Tensor& W, const optional<Tensor>& bias, const Tensor& S, const Tensor& B,
+              at::IntArrayRef splits, const c10::List<bool>& enabled, int64_t interleave) {
+  const Layout layout(splits, enabled, interleave);
+  const int64_t M = X.size(0), r = B.size(1);
+  check_matrix("W", W, layout.N, X.size(1));
+  check_matrix("B", B, layout.rows_of_B, r);
+  check_matrix("S", S, M, layout.groups * r);
+  const auto wide = accumulation_type(X);
+  Tensor Y = at::empty({M, layout.N}, X.options());
+  const Tensor Bt = pack_spans(B, layout, wide);
+  optional<Tensor> b;
+  // read as vectors from any column on
+  if (bias) b = pack_rows(bias->unsqueeze(0), wide, kPadding);
+  Parts(M, kRowStep).run(M, [&](int64_t, int64_t begin, int64_t end) {
+    const Packed row = b ? packed(*b) : Packed{};
+    stages_for(X).expand(packed(S), r, packed(Bt), b ? &row : nullptr, layout.view(), matrix(Y), begin, end);
+  });
+  return add_product(Y, X, W.t());
+}
+
+std::tuple<Tensor, Tensor> grad_expand(const Tensor& dY, const optional<Tensor>& S, const Tensor& B, double c,
+                                       const optional<Tensor>& scale, at::IntArrayRef splits,
+                                       const c10::List<bool>& enabled, int64_t interleave, bool need_dS,
+                                       bool need_dB) {
+  const Layout layout(splits, enabled, interleave);
+  const int64_t M = dY.size(0), r = B.size(1), R = layout.groups * r;
+  check_matrix("dY", dY, M, layout.N);
+  check_matrix("B", B, layout.rows_of_B, r);
+  TORCH_CHECK_VALUE(S || !need_dB, "S: got none, expected it for dB");
+  if (S) check_matrix("S", *S, M, R);
+  const auto wide = accumulation_type(dY);
+  const auto options = dY.options().dtype(wide);
+  const Parts parts(M, std::max(kRowStep, r / 4));
+  Tensor dS = need_dS ? at::empty({M, R}, options) : at::empty({0}, options);
+  Tensor dBt = at::empty({need_dB ? parts.count : 0, r, layout.packed}, options);
+  Tensor dB = need_dB ? at::empty(B.sizes(), B.options()) : at::empty({0}, B.options());
+  const Tensor B_rows = need_dS ? pack_rows(B, wide) : B;
+  const double factor = times(c, scale);
+  parts.run(M, [&](int64_t part, int64_t begin, int64_t end) {
+    stages_for(dY).grad_expand(matrix(dY), need_dB ? packed(*S) : Packed{}, r, packed(B_rows), factor,
+                               layout.view(), need_dS ? packed(dS) : Packed{},
+                               need_dB ? packed(dBt[part]) : Packed{}, begin, end);
+  });
+  if (need_dB)
+    for (const Span& span : layout.spans)
+      add_parts(dBt, true, span.packed, dB.narrow(0, span.row, span.width));
+  return {dS, dB};
+}
+
+Tensor grad_shrink(const Tensor& dS, const Tensor& X, const optional<Tensor>& mask, const Tensor& A) {
+  const int64_t M = X.size(0), K = X.size(1), R = A.size(0);
+  check_matrix("dS", dS, M, R);
+  check_matrix("A", A, R, K);
+  const Parts parts(M, std::max(kRowStep, R / 4));
+  Tensor sums = at::empty({parts.count, R, round_up(K, kPadding)}, dS.options());
+  Tensor dA = at::empty({R, K}, A.options());
+  parts.run(M, [&](int64_t part, int64_t begin, int64_t end) {
+    stages_for(X).grad_shrink(packed(dS), R, matrix(X), mask_of(mask), packed(sums[part]), begin, end);
+  });
+  add_parts(sums, false, 0, dA);
+  return dA;
+}
+
+Tensor grad_input(const Tensor& dY, const Tensor& W, const optional<Tensor>& dS, const Tensor& A,
+                  const optional<Tensor>& mask) {
+  if (!dS) return dY.mm(W);
+  const int64_t M = dY.size(0), K = W.size(1), R = A.size(0);
+  check_matrix("dS", *dS, M, R);
+  check_matrix("A", A, R, K);
+  Tensor dX = at::empty({M, K}, dY.options());
+  const Tensor A_rows = pack_rows(A, dS->scalar_type());
+  Parts(M, kRowStep).run(M, [&](int64_t, int64_t begin, int64_t end) {
+    stages_for(dY).grad_input(packed(*dS), R, packed(A_rows), mask_of(mask), matrix(dX), begin, end);
+  });
+  return add_product(dX, dY, W);
+}
+
+Tensor delta(const Tensor& A, const Tensor& B, double scaling, const optional<Tensor>& scale,
+             at::IntArrayRef splits, const c10::List<bool>& enabled, int64_t interleave) {
+  const Layout layout(splits, enabled, interleave);
+  const int64_t r = B.size(1), K = A.size(1);
+  check_matrix("B", B, layout.rows_of_B, r);
+  check_matrix("A", A, layout.groups * r, K);
+  const auto wide = accumulation_type(B);
+  Tensor dW = at::zeros({layout.N, K}, B.options());
+  const Tensor A_rows = pack_rows(A, wide), B_rows = pack_rows(B, wide);
+  const double factor = times(scaling, scale);
+  for (const Span& span : layout.spans) {
+    const Tensor A_g = A_rows.narrow(0, span.g * r, r), B_g = B_rows.narrow(0, span.row, span.width);
+    const Tensor rows = dW.narrow(0, span.column, span.width);
+    at::parallel_for(0, span.width, kFactorRows, [&](int64_t begin, int64_t end) {
+      stages_for(B).delta(packed(B_g), r, packed(A_g), factor, matrix(rows), begin, end);
+    });
+  }
+  return dW;
+}
+
+// ---- merging ------------------------------------------------------------------------------------
+
+// elements of a weight that a thread is woken for; whole pieces of csrc/cpu/merge.h
+constexpr int64_t kChunk = 1 << 14;
+
+Tensor add_low_rank(const Tensor& base, const Tensor& left, const Tensor& right,
+                    const Tensor& row_scale, const optional<Tensor>& column_scale) {
+  const int64_t n = base.size(0), k = base.size(1), r = left.size(1);
+  check_matrix("base", base, n, k);
+  check_matrix("left", left, n, r);
+  check_matrix("right", right, r, k);
+  check_matrix("row_scale", row_scale, n, 1);
+  if (column_scale) check_matrix("column_scale", *column_scale, 1, k);
+  for (const Tensor* t : {&left, &right, &row_scale, column_scale ? &*column_scale : &right})
+    TORCH_CHECK_TYPE(t->scalar_type() == at::kDouble, "factors and scales: got dtype ",
+                     t->scalar_type(), ", expected float64");
+  const Tensor rows = left.contiguous(), columns = pack_rows(right, at::kDouble);
+  const Tensor of_rows = row_scale.contiguous();
+  optional<Tensor> of_columns;
+  if (column_scale) of_columns = pack_rows(*column_scale, at::kDouble);
+  Tensor out = at::empty({n, k}, base.options());
+  at::parallel_for(0, n, std::max<int64_t>(1, kChunk / std::max<int64_t>(1, k)),
+                   [&](int64_t begin, int64_t end) {
+    stages_for(base).add_low_rank(matrix(base), packed(rows), r, packed(columns),
+                                  of_rows.data_ptr<double>(),
+                                  of_columns ? of_columns->data_ptr<double>() : nullptr,
+                                  matrix(out), begin, end);
+  });
+  return out;
+}
+
+at::ScalarType integer_type(const Tensor& t) {
+  return t.element_size() == 2 ? at::kShort : t.element_size() == 4 ? at::kInt : at::kLong;
+}
+
+template <class F>
+void for_each_chunk(int64_t n, const F& f) {
+  at::parallel_for(0, (n + kChunk - 1) / kChunk, 1, [&](int64_t first, int64_t last) {
+    for (int64_t chunk = first; chunk < last; ++chunk)
+      f(chunk, chunk * kChunk, std::min(n, (chunk + 1) * kChunk));
+  });
+}
+
+std::tuple<int64_t, Tensor, Tensor, Tensor> encode_correction(const Tensor& predicted,
+                                                              const Tensor& exact) {
+  check(predicted.sizes() == exact.sizes() && predicted.scalar_type() == exact.scalar_type(),
+        "predicted", predicted, exact.sizes());
+  const int64_t n = exact.numel();
+  TORCH_CHECK_VALUE(n <= INT32_MAX, "exact: got ", n, " elements, expected at most ", INT32_MAX);
+  const Tensor p = predicted.contiguous(), e = exact.contiguous();
+  const Stages& stages = stages_for(e);
+  std::vector<std::array<int64_t, 4>> outside((n + kChunk - 1) / kChunk);
+  for_each_chunk(n, [&](int64_t chunk, int64_t begin, int64_t end) {
+    stages.count_distances(p.data_ptr(), e.data_ptr(), begin, end, outside[chunk].data());
+  });
+
+  constexpr int code_bits[] = {0, 2, 4, 8};
+  int best = 0;
+  int64_t least = INT64_MAX;
+  for (int b = 0; b < 4; ++b) {
+    int64_t size = n * code_bits[b] / 8;
+    for (const auto& of_chunk : outside) size += of_chunk[b] * (4 + exact.element_size());
+    if (size < least) best = b, least = size;
+  }
+  const int bits = code_bits[best];
+  const auto integers = exact.options().dtype(integer_type(exact));
+  if (least >= n * exact.element_size()) {
+    const Tensor none = at::empty({0}, integers);
+    return {-1, none, none, e.is_same(exact) ? e.clone() : e};
+  }
+  std::vector<int64_t> offset(outside.size() + 1);
+  for (size_t i = 0; i < outside.size(); ++i) offset[i + 1] = offset[i] + outside[i][best];
+  const int64_t escapes = offset.back();
+  Tensor codes = at::empty({(n * bits + 7) / 8}, exact.options().dtype(at::kByte));
+  Tensor escaped = at::empty({escapes}, exact.options().dtype(at::kInt));
+  Tensor values = at::empty({escapes}, integers);
+  for_each_chunk(n, [&](int64_t chunk, int64_t begin, int64_t end) {
+    stages.encode_correction(p.data_ptr(), e.data_ptr(), begin, end, bits,
+                             codes.data_ptr<uint8_t>(), escaped.data_ptr<int32_t>() + offset[chunk],
+                             static_cast<char*>(values.data_ptr()) +
+                                 offset[chunk] * values.element_size());
+  });
+  return {bits, codes, escaped, values};
+}
+
+Tensor decode_correction(const Tensor& predicted, int64_t bits, const Tensor& codes,
+                         const Tensor& escaped, const Tensor& values) {
+  const int64_t n = predicted.numel(), escapes = escaped.numel();
+  TORCH_CHECK_VALUE(bits == 0 || bits == 2 || bits == 4 || bits == 8, "bits: got ", bits,
+                    ", expected 0, 2, 4 or 8");
+  check(codes.numel() == (n * bits + 7) / 8, "codes", codes, {(n * bits + 7) / 8});
+  check(values.numel() == escapes, "values", values, {escapes});
+  TORCH_CHECK_TYPE(values.scalar_type() == integer_type(predicted), "values: got dtype ",
+                   values.scalar_type(), ", expected ", integer_type(predicted));
+  const Tensor p = predicted.contiguous(), c = codes.contiguous();
+  const Tensor places = escaped.contiguous(), v = values.contiguous();
+  Tensor out = at::empty(predicted.sizes(), predicted.options());
+  const int32_t* place = places.data_ptr<int32_t>();
+  for_each_chunk(n, [&](int64_t, int64_t begin, int64_t end) {
+    // in order of their places
+    const int64_t first = std::lower_bound(place, place + escapes, begin) - place;
+    const int64_t last = std::lower_bound(place + first, place + escapes, end) - place;
+    stages_for(p).decode_correction(p.data_ptr(), begin, end, int(bits), c.data_ptr<uint8_t>(),
+                                    place + first,
+                                    static_cast<const char*>(v.data_ptr()) + first * v.element_size(),
+                                    last - first, out.data_ptr());
+  });
+  return out;
+}
+
+// of elements in any order, so that a block without gaps in memory is read where it is
+int64_t sum_bits(const Tensor& weight) {
+  const Tensor dense = weight.is_non_overlapping_and_dense() ? weight : weight.contiguous();
+  const char* data = static_cast<const char*>(dense.data_ptr());
+  const auto sum_of = [&](int64_t begin, int64_t end, uint64_t sum) {
+    return sum + stages_for(dense).sum_bits(data + begin * dense.element_size(), end - begin);
+  };
+  return int64_t(at::parallel_reduce(0, dense.numel(), kChunk, uint64_t(0), sum_of,
+                                     std::plus<uint64_t>()));
+}
+
+// ---- one call a direction -----------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& X, const Tensor& W, const optional<Tensor>& bias,
+                                           const Tensor& A, const Tensor& B, double c,
+                                           const optional<Tensor>& scale, int64_t t,
+                                           const optional<Tensor>& seed, at::IntArrayRef splits,
+                                           const c10::List<bool>& enabled, int64_t interleave) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  auto [S, mask] = shrink(X, A, c, scale, t, seed);
+  return {expand(X, W, bias, S, B, splits, enabled, interleave), S, mask};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dY, const optional<Tensor>& X,
+                                            const optional<Tensor>& W, const optional<Tensor>& A, const Tensor& B,
+                                            const optional<Tensor>& S, const optional<Tensor>& mask, double c,
+                                            const optional<Tensor>& scale, at::IntArrayRef splits,
+                                            const c10::List<bool>& enabled, int64_t interleave, bool need_dX,
+                                            bool need_dA, bool need_dB) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  TORCH_CHECK_VALUE((X || !need_dA) && (W || !need_dX) && (A || !(need_dA || need_dX)),
+                    "X, W, A: got none, expected X for dA, W for dX and A for either");
+  auto [dS, dB] = grad_expand(dY, S, B, c, scale, splits, enabled, interleave, need_dX || need_dA, need_dB);
+  Tensor dA = need_dA ? grad_shrink(dS, *X, mask, *A) : at::empty({0}, B.options());
+  Tensor dX = need_dX ? grad_input(dY, *W, dS, *A, mask) : at::empty({0}, dY.options());
+  return {dX, dA, dB};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(fastlora, m) {
+  m.def("forward(Tensor X, Tensor W, Tensor? bias, Tensor A, Tensor B, float c, Tensor? scale, int t, "
+        "Tensor? seed, int[] splits, bool[] enabled, int interleave) -> (Tensor Y, Tensor S, Tensor mask)");
+  m.def("backward(Tensor dY, Tensor? X, Tensor? W, Tensor? A, Tensor B, Tensor? S, Tensor? mask, float c, "
+        "Tensor? scale, int[] splits, bool[] enabled, int interleave, bool need_dX, bool need_dA, "
+        "bool need_dB) -> (Tensor dX, Tensor dA, Tensor dB)");
+  m.def("shrink(Tensor X, Tensor A, float c, Tensor? scale, int t, Tensor? seed) -> (Tensor S, Tensor mask)");
+  m.def("expand(Tensor X, Tensor W, Tensor? bias, Tensor S, Tensor B, int[] splits, bool[] enabled, "
+        "int interleave) -> Tensor");
+  m.def("grad_expand(Tensor dY, Tensor? S, Tensor B, float c, Tensor? scale, int[] splits, bool[] enabled, "
+        "int interleave, bool need_dS, bool need_dB) -> (Tensor dS, Tensor dB)");
+  m.def("grad_shrink(Tensor dS, Tensor X, Tensor? mask, Tensor A) -> Tensor");
+  m.def("grad_input(Tensor dY, Tensor W, Tensor? dS, Tensor A, Tensor? mask) -> Tensor");
+  m.def("delta(Tensor A, Tensor B, float scaling, Tensor? scale, int[] splits, bool[] enabled, "
+        "int interleave) -> Tensor");
+  m.def("add_low_rank(Tensor base, Tensor left, Tensor right, Tensor row_scale, "
+        "Tensor? column_scale) -> Tensor");
+  m.def("encode_correction(Tensor predicted, Tensor exact) -> (int bits, Tensor codes, "
+        "Tensor escaped, Tensor values)");
+  m.def("decode_correction(Tensor predicted, int bits, Tensor codes, Tensor escaped, "
+        "Tensor values) -> Tensor");
+  m.def("sum_bits(Tensor weight) -> int");
+}
+
+TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
+  m.impl("forward", forward);
+  m.impl("backward", backward);
+  m.impl("shrink", shrink);
+  m.impl("expand", expand);
+  m.impl("grad_expand", grad_expand);
+  m.impl("grad_shrink", grad_shrink);
+  m.impl("grad_input", grad_input);
+  m.impl("delta", delta);
+  m.impl("add_low_rank", add_low_rank);
+  m.impl("encode_correction", encode_correction);
+  m.impl("decode_correction", decode_correction);
+  m.impl("sum_bits", sum_bits);
+}
+
+}  // namespace fastlora
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  namespace py = pybind11;
+  m.doc() = "fastlora's compiled kernels; the operators are torch.ops.fastlora";
+  m.def(
+      "build_info",
+      [] {
+        py::dict info;
+        info["torch"] = TORCH_VERSION;
+        info["compiler"] =
+#if defined(__clang__)
+            "Clang " __clang_version__;
+#else
+            "GCC " __VERSION__;
+#endif
+        info["openmp"] =
+#if defined(_OPENMP)
+            true;
+#else
+            false;
+#endif
+        info["instruction_set"] = fastlora::kernels().name;
+        info["vector_bits"] = 8 * fastlora::kernels().vector_bytes;
+        return info;
+      },
+      "What the extension was built with, and which of its builds runs here.");
+}

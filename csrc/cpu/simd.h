@@ -1,0 +1,87 @@
+// Vectors as wide as the instruction set this file is compiled for: FASTLORA_VECTOR_BYTES.
+//
+// GCC's and Clang's vector types carry the arithmetic; intrinsics only what these cannot say.
+#pragma once
+
+namespace fastlora::FASTLORA_ISA {
+
+template <class T, int Lanes>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(sizeof(T) * Lanes)));
+};
+template <class T, int Lanes>
+using Vector = typename VectorOf<T, Lanes>::type;
+
+template <class T>
+constexpr int lanes = FASTLORA_VECTOR_BYTES / int(sizeof(T));
+
+template <class V, class T>
+inline V load(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V, class T>
+inline void store(T* p, const V& v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+template <class V, class T>
+inline V broadcast(T x) {
+  return V{} + x;
+}
+
+// a * b + c, rounded once where the instruction set can; explicit, because the build forbids the
+// compiler to contract (merging depends on that)
+template <class V>
+inline V fma(V a, V b, V c) {
+#if defined(__aarch64__)
+  for (unsigned i = 0; i < sizeof(V) / sizeof(a[0]); ++i) c[i] = __builtin_fma(a[i], b[i], c[i]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
+
+#if defined(FASTLORA_X86_FMA)
+inline Vector<float, 4> fma(Vector<float, 4> a, Vector<float, 4> b, Vector<float, 4> c) {
+  return _mm_fmadd_ps(a, b, c);
+}
+inline Vector<double, 2> fma(Vector<double, 2> a, Vector<double, 2> b, Vector<double, 2> c) {
+  return _mm_fmadd_pd(a, b, c);
+}
+inline Vector<float, 8> fma(Vector<float, 8> a, Vector<float, 8> b, Vector<float, 8> c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+inline Vector<double, 4> fma(Vector<double, 4> a, Vector<double, 4> b, Vector<double, 4> c) {
+  return _mm256_fmadd_pd(a, b, c);
+}
+#endif
+#if defined(FASTLORA_X86_AVX512)
+inline Vector<float, 16> fma(Vector<float, 16> a, Vector<float, 16> b, Vector<float, 16> c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+inline Vector<double, 8> fma(Vector<double, 8> a, Vector<double, 8> b, Vector<double, 8> c) {
+  return _mm512_fmadd_pd(a, b, c);
+}
+#endif
+
+// the 64-bit products of the low halves of 64-bit lanes
+template <class V>
+inline V multiply_low_halves(V a, V b) {
+  constexpr uint64_t low = 0xFFFFFFFF;
+  return (a & low) * (b & low);
+}
+#if defined(FASTLORA_X86_FMA)
+inline Vector<uint64_t, 4> multiply_low_halves(Vector<uint64_t, 4> a, Vector<uint64_t, 4> b) {
+  return Vector<uint64_t, 4>(_mm256_mul_epu32(__m256i(a), __m256i(b)));
+}
+#endif
+#if defined(FASTLORA_X86_AVX512)
+inline Vector<uint64_t, 8> multiply_low_halves(Vector<uint64_t, 8> a, Vector<uint64_t, 8> b) {
+  return Vector<uint64_t, 8>(_mm512_mul_epu32(__m512i(a), __m512i(b)));
+}
+#endif
+
+}  // namespace fastlora::FASTLORA_ISA

@@ -1,0 +1,27 @@
+"""What merging does to each block of a weight, in C++, for CPU tensors.
+
+The operators have the signatures of :mod:`fastlora.backends.reference_merge`, which documents them.
+"""
+
+import torch
+from torch import Tensor
+
+
+def add_low_rank(
+    base: Tensor, left: Tensor, right: Tensor, row_scale: Tensor, column_scale: Tensor | None
+) -> Tensor:
+    return torch.ops.fastlora.add_low_rank(base, left, right, row_scale, column_scale)
+
+
+def encode_correction(predicted: Tensor, exact: Tensor) -> tuple[int, Tensor, Tensor, Tensor]:
+    return torch.ops.fastlora.encode_correction(predicted, exact)
+
+
+def decode_correction(
+    predicted: Tensor, bits: int, codes: Tensor, escaped: Tensor, values: Tensor
+) -> Tensor:
+    return torch.ops.fastlora.decode_correction(predicted, bits, codes, escaped, values)
+
+
+def sum_bits(block: Tensor) -> int:
+    return torch.ops.fastlora.sum_bits(block)
