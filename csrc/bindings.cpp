@@ -31,21 +31,29 @@ constexpr int64_t kPadding = 16;
 
 // the widest build that torch, too, would use here (ATEN_CPU_CAPABILITY lowers both)
 const Kernels& kernels() {
+  static const Kernels& chosen = []() -> const Kernels& {
 #if defined(__x86_64__)
-  const std::string capability = at::get_cpu_capability();
-  if (capability == "AVX512") return avx512;
-  if (capability == "AVX2") return avx2;
+    const std::string capability = at::get_cpu_capability();
+    if (capability == "AVX512") return avx512;
+    if (capability == "AVX2") return avx2;
 #endif
-  return baseline;
+    return baseline;
+  }();
+  return chosen;
 }
 
 Dtype dtype_of(at::ScalarType type) {
   switch (type) {
-    case at::kFloat: return Dtype::f32;
-    case at::kDouble: return Dtype::f64;
-    case at::kBFloat16: return Dtype::bf16;
-    case at::kHalf: return Dtype::f16;
-    default: TORCH_CHECK_TYPE(false, "dtype: got ", type, ", expected a floating-point type");
+    case at::kFloat:
+      return Dtype::f32;
+    case at::kDouble:
+      return Dtype::f64;
+    case at::kBFloat16:
+      return Dtype::bf16;
+    case at::kHalf:
+      return Dtype::f16;
+    default:
+      TORCH_CHECK_TYPE(false, "dtype: got ", type, ", expected a floating-point type");
   }
 }
 
@@ -59,13 +67,29 @@ Matrix matrix(const Tensor& t) {
   return {t.data_ptr(), dtype_of(t.scalar_type()), t.size(0), t.size(1), t.stride(0), t.stride(1)};
 }
 
-Packed packed(const Tensor& t) { return {t.data_ptr(), t.size(-1)}; }
+// `count` rows of t from `first` on
+Matrix rows_of(const Tensor& t, int64_t first, int64_t count) {
+  char* data = static_cast<char*>(t.data_ptr()) + first * t.stride(0) * t.element_size();
+  return {data, dtype_of(t.scalar_type()), count, t.size(1), t.stride(0), t.stride(1)};
+}
+
+Matrix transposed(const Matrix& m) {
+  return {m.data, m.dtype, m.cols, m.rows, m.col_stride, m.row_stride};
+}
+
+// the columns from `column` on of part `part` of a contiguous tensor
+Packed packed(const Tensor& t, int64_t column = 0, int64_t part = 0) {
+  const int64_t offset = (t.dim() > 2 ? part * t.stride(0) : part) + column;
+  return {static_cast<char*>(t.data_ptr()) + offset * t.element_size(), t.size(-1)};
+}
 
 Mask mask_of(const optional<Tensor>& mask) {
   return mask ? Mask{mask->data_ptr<uint8_t>(), mask->size(1)} : Mask{};
 }
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+int64_t mask_bytes(int64_t K) { return round_up(K, 32) / 8; }
 
 // How M rows are shared out among threads: always the same for one M and one number of threads,
 // so that sums over rows come out the same.
@@ -93,8 +117,9 @@ struct Layout {
   int64_t groups = 0, rows_of_B = 0, packed = 0;
 
   Layout(at::IntArrayRef splits, const c10::List<bool>& enabled, int64_t interleave) {
-    TORCH_CHECK_VALUE(splits.size() == enabled.size() && interleave > 0, "blocks: got ", splits.size(),
-                      " sizes, ", enabled.size(), " switches, interleave=", interleave);
+    TORCH_CHECK_VALUE(splits.size() == enabled.size() && interleave > 0, "blocks: got ",
+                      splits.size(), " sizes, ", enabled.size(),
+                      " switches, interleave=", interleave);
     int64_t pattern = 0;
     for (const int64_t n : splits) {
       TORCH_CHECK_VALUE(n > 0 && n % interleave == 0, "splits: got ", splits,
@@ -131,6 +156,37 @@ void check_matrix(const char* name, const Tensor& t, int64_t rows, int64_t cols)
   TORCH_CHECK_VALUE(t.device().is_cpu(), name, ": got device ", t.device(), ", expected cpu");
 }
 
+void check_operand(const char* name, const Tensor& t, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(t.dim() == 2 && t.device().is_cpu(), name, ": got shape ", t.sizes(), " on ",
+                    t.device(), ", expected two dimensions on cpu");
+  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, ": got ", t.scalar_type(), ", expected ", dtype);
+}
+
+void check_factor(const char* name, const Tensor& t, int64_t rows, int64_t cols,
+                  at::ScalarType dtype) {
+  check_matrix(name, t, rows, cols);
+  const bool fits =
+      t.scalar_type() == dtype || (t.scalar_type() == at::kFloat && dtype != at::kDouble);
+  TORCH_CHECK_TYPE(fits, name, ": got ", t.scalar_type(), ", expected ", dtype,
+                   " or Float over 16 bits");
+}
+
+// what an earlier stage made: S or dS
+void check_sums(const char* name, const Tensor& t, int64_t rows, int64_t cols,
+                at::ScalarType dtype) {
+  check_matrix(name, t, rows, cols);
+  TORCH_CHECK_VALUE(t.is_contiguous() && t.scalar_type() == dtype, name, ": got ", t.scalar_type(),
+                    " with strides ", t.strides(), ", expected contiguous ", dtype);
+}
+
+void check_mask(const optional<Tensor>& mask, int64_t M, int64_t K) {
+  if (!mask) return;
+  check_matrix("mask", *mask, M, mask_bytes(K));
+  TORCH_CHECK_VALUE(mask->is_contiguous() && mask->scalar_type() == at::kByte, "mask: got ",
+                    mask->scalar_type(), " with strides ", mask->strides(),
+                    ", expected contiguous Byte");
+}
+
 double times(double c, const optional<Tensor>& scale) {
   return scale ? c * scale->item<double>() : c;
 }
@@ -143,7 +199,8 @@ Tensor pack_rows(const Tensor& factor, at::ScalarType wide, int64_t padding = 0)
   const int64_t stride = round_up(cols, kPadding) + padding;
   if (factor.scalar_type() == wide && factor.is_contiguous() && stride == cols) return factor;
   const auto options = factor.options().dtype(wide);
-  Tensor out = stride == cols ? at::empty({rows, stride}, options) : at::zeros({rows, stride}, options);
+  Tensor out =
+      stride == cols ? at::empty({rows, stride}, options) : at::zeros({rows, stride}, options);
   at::parallel_for(0, rows, kFactorRows, [&](int64_t begin, int64_t end) {
     stages_for(factor).pack(matrix(factor), false, packed(out), begin, end);
   });
@@ -155,9 +212,8 @@ Tensor pack_transposed(const Tensor& A, at::ScalarType wide) {
   const int64_t R = A.size(0), K = A.size(1), stride = round_up(R, kPadding);
   const auto options = A.options().dtype(wide);
   Tensor out = stride == R ? at::empty({K, stride}, options) : at::zeros({K, stride}, options);
-  const Tensor At = A.t();
   at::parallel_for(0, K, kFactorRows, [&](int64_t begin, int64_t end) {
-    stages_for(A).pack(matrix(At), false, packed(out), begin, end);
+    stages_for(A).pack(transposed(matrix(A)), false, packed(out), begin, end);
   });
   return out;
 }
@@ -167,19 +223,19 @@ Tensor pack_spans(const Tensor& B, const Layout& layout, at::ScalarType wide) {
   Tensor out = at::empty({B.size(1), layout.packed}, B.options().dtype(wide));
   if (layout.packed != layout.rows_of_B) out.zero_();
   for (const Span& span : layout.spans) {
-    const Tensor rows = B.narrow(0, span.row, span.width), to = out.narrow(1, span.packed, span.width);
+    const Matrix B_g = rows_of(B, span.row, span.width);
     at::parallel_for(0, span.width, kFactorRows, [&](int64_t begin, int64_t end) {
-      stages_for(B).pack(matrix(rows), true, {to.data_ptr(), layout.packed}, begin, end);
+      stages_for(B).pack(B_g, true, packed(out, span.packed), begin, end);
     });
   }
   return out;
 }
 
-void add_parts(const Tensor& parts, bool transpose, int64_t column, const Tensor& out) {
-  const Packed first = {static_cast<char*>(parts.data_ptr()) + column * parts.element_size(), parts.size(2)};
-  at::parallel_for(0, out.size(0), kFactorRows, [&](int64_t begin, int64_t end) {
-    stages_for(out).add_parts(first, parts.size(0), parts.size(1) * parts.size(2), transpose, matrix(out),
-                              begin, end);
+void add_parts(const Tensor& parts, bool transpose, int64_t column, const Stages& stages,
+               const Matrix& out) {
+  at::parallel_for(0, out.rows, kFactorRows, [&](int64_t begin, int64_t end) {
+    stages.add_parts(packed(parts, column), parts.size(0), parts.size(1) * parts.size(2), transpose,
+                     out, begin, end);
   });
 }
 
@@ -191,15 +247,18 @@ Tensor add_product(Tensor out, const Tensor& left, const Tensor& right) {
 
 // ---- stages -------------------------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor> shrink(const Tensor& X, const Tensor& A, double c, const optional<Tensor>& scale,
-                                  int64_t t, const optional<Tensor>& seed) {
-  check_matrix("A", A, A.size(0), X.size(-1));
+std::tuple<Tensor, Tensor> shrink(const Tensor& X, const Tensor& A, double c,
+                                  const optional<Tensor>& scale, int64_t t,
+                                  const optional<Tensor>& seed) {
+  check_operand("X", X, X.scalar_type());
+  check_factor("A", A, A.size(0), X.size(1), X.scalar_type());
   TORCH_CHECK_VALUE(0 <= t && t <= 65536, "t: got ", t, ", expected 0 to 65536");
-  TORCH_CHECK_VALUE(!t || seed, "seed: got none, expected one where t > 0");
+  TORCH_CHECK_VALUE(!t || (seed && seed->numel() == 1 && seed->scalar_type() == at::kLong),
+                    "seed: got none or no single Long, expected one where t > 0");
   const int64_t M = X.size(0), K = X.size(1), R = A.size(0);
   const auto wide = accumulation_type(X);
   Tensor S = at::empty({M, R}, X.options().dtype(wide));
-  Tensor mask = at::empty({t ? M : 0, 4 * ((K + 31) / 32)}, X.options().dtype(at::kByte));
+  Tensor mask = at::empty({t ? M : 0, mask_bytes(K)}, X.options().dtype(at::kByte));
   const Tensor At = pack_transposed(A, wide);
   const uint64_t key = t ? uint64_t(seed->item<int64_t>()) : 0;
   const double factor = times(c, scale);
@@ -210,14 +269,19 @@ std::tuple<Tensor, Tensor> shrink(const Tensor& X, const Tensor& A, double c, co
   return {S, mask};
 }
 
-Tensor expand(const Tensor& X, const Tensor& W, const optional<Tensor>& bias, const Tensor& S, const Tensor& B,
-              at::IntArrayRef splits, const c10::List<bool>& enabled, int64_t interleave) {
+Tensor expand(const Tensor& X, const Tensor& W, const optional<Tensor>& bias, const Tensor& S,
+              const Tensor& B, at::IntArrayRef splits, const c10::List<bool>& enabled,
+              int64_t interleave) {
   const Layout layout(splits, enabled, interleave);
+  check_operand("X", X, X.scalar_type());
+  check_operand("B", B, B.scalar_type());
   const int64_t M = X.size(0), r = B.size(1);
-  check_matrix("W", W, layout.N, X.size(1));
-  check_matrix("B", B, layout.rows_of_B, r);
-  check_matrix("S", S, M, layout.groups * r);
   const auto wide = accumulation_type(X);
+  check_operand("W", W, X.scalar_type());
+  check_matrix("W", W, layout.N, X.size(1));
+  check_factor("B", B, layout.rows_of_B, r, X.scalar_type());
+  check_sums("S", S, M, layout.groups * r, wide);
+  if (bias) check(bias->dim() == 1 && bias->numel() == layout.N, "bias", *bias, {layout.N});
   Tensor Y = at::empty({M, layout.N}, X.options());
   const Tensor Bt = pack_spans(B, layout, wide);
   optional<Tensor> b;
@@ -225,22 +289,25 @@ Tensor expand(const Tensor& X, const Tensor& W, const optional<Tensor>& bias, co
   if (bias) b = pack_rows(bias->unsqueeze(0), wide, kPadding);
   Parts(M, kRowStep).run(M, [&](int64_t, int64_t begin, int64_t end) {
     const Packed row = b ? packed(*b) : Packed{};
-    stages_for(X).expand(packed(S), r, packed(Bt), b ? &row : nullptr, layout.view(), matrix(Y), begin, end);
+    stages_for(X).expand(packed(S), r, packed(Bt), b ? &row : nullptr, layout.view(), matrix(Y),
+                         begin, end);
   });
   return add_product(Y, X, W.t());
 }
 
-std::tuple<Tensor, Tensor> grad_expand(const Tensor& dY, const optional<Tensor>& S, const Tensor& B, double c,
-                                       const optional<Tensor>& scale, at::IntArrayRef splits,
-                                       const c10::List<bool>& enabled, int64_t interleave, bool need_dS,
-                                       bool need_dB) {
+std::tuple<Tensor, Tensor> grad_expand(const Tensor& dY, const optional<Tensor>& S, const Tensor& B,
+                                       double c, const optional<Tensor>& scale,
+                                       at::IntArrayRef splits, const c10::List<bool>& enabled,
+                                       int64_t interleave, bool need_dS, bool need_dB) {
   const Layout layout(splits, enabled, interleave);
+  check_operand("dY", dY, dY.scalar_type());
+  check_operand("B", B, B.scalar_type());
   const int64_t M = dY.size(0), r = B.size(1), R = layout.groups * r;
-  check_matrix("dY", dY, M, layout.N);
-  check_matrix("B", B, layout.rows_of_B, r);
-  TORCH_CHECK_VALUE(S || !need_dB, "S: got none, expected it for dB");
-  if (S) check_matrix("S", *S, M, R);
   const auto wide = accumulation_type(dY);
+  check_matrix("dY", dY, M, layout.N);
+  check_factor("B", B, layout.rows_of_B, r, dY.scalar_type());
+  TORCH_CHECK_VALUE(S || !need_dB, "S: got none, expected it for dB");
+  if (S) check_sums("S", *S, M, R, wide);
   const auto options = dY.options().dtype(wide);
   const Parts parts(M, std::max(kRowStep, r / 4));
   Tensor dS = need_dS ? at::empty({M, R}, options) : at::empty({0}, options);
@@ -249,40 +316,48 @@ std::tuple<Tensor, Tensor> grad_expand(const Tensor& dY, const optional<Tensor>&
   const Tensor B_rows = need_dS ? pack_rows(B, wide) : B;
   const double factor = times(c, scale);
   parts.run(M, [&](int64_t part, int64_t begin, int64_t end) {
-    stages_for(dY).grad_expand(matrix(dY), need_dB ? packed(*S) : Packed{}, r, packed(B_rows), factor,
-                               layout.view(), need_dS ? packed(dS) : Packed{},
-                               need_dB ? packed(dBt[part]) : Packed{}, begin, end);
+    stages_for(dY).grad_expand(matrix(dY), need_dB ? packed(*S) : Packed{}, r, packed(B_rows),
+                               factor, layout.view(), need_dS ? packed(dS) : Packed{},
+                               need_dB ? packed(dBt, 0, part) : Packed{}, begin, end);
   });
   if (need_dB)
     for (const Span& span : layout.spans)
-      add_parts(dBt, true, span.packed, dB.narrow(0, span.row, span.width));
+      add_parts(dBt, true, span.packed, stages_for(B), rows_of(dB, span.row, span.width));
   return {dS, dB};
 }
 
-Tensor grad_shrink(const Tensor& dS, const Tensor& X, const optional<Tensor>& mask, const Tensor& A) {
+Tensor grad_shrink(const Tensor& dS, const Tensor& X, const optional<Tensor>& mask,
+                   const Tensor& A) {
+  check_operand("X", X, X.scalar_type());
   const int64_t M = X.size(0), K = X.size(1), R = A.size(0);
-  check_matrix("dS", dS, M, R);
-  check_matrix("A", A, R, K);
+  check_sums("dS", dS, M, R, accumulation_type(X));
+  check_factor("A", A, R, K, X.scalar_type());
+  check_mask(mask, M, K);
   const Parts parts(M, std::max(kRowStep, R / 4));
   Tensor sums = at::empty({parts.count, R, round_up(K, kPadding)}, dS.options());
   Tensor dA = at::empty({R, K}, A.options());
   parts.run(M, [&](int64_t part, int64_t begin, int64_t end) {
-    stages_for(X).grad_shrink(packed(dS), R, matrix(X), mask_of(mask), packed(sums[part]), begin, end);
+    stages_for(X).grad_shrink(packed(dS), R, matrix(X), mask_of(mask), packed(sums, 0, part), begin,
+                              end);
   });
-  add_parts(sums, false, 0, dA);
+  add_parts(sums, false, 0, stages_for(A), matrix(dA));
   return dA;
 }
 
 Tensor grad_input(const Tensor& dY, const Tensor& W, const optional<Tensor>& dS, const Tensor& A,
                   const optional<Tensor>& mask) {
   if (!dS) return dY.mm(W);
+  check_operand("dY", dY, dY.scalar_type());
+  check_operand("W", W, dY.scalar_type());
   const int64_t M = dY.size(0), K = W.size(1), R = A.size(0);
-  check_matrix("dS", *dS, M, R);
-  check_matrix("A", A, R, K);
+  check_sums("dS", *dS, M, R, accumulation_type(dY));
+  check_factor("A", A, R, K, dY.scalar_type());
+  check_mask(mask, M, K);
   Tensor dX = at::empty({M, K}, dY.options());
   const Tensor A_rows = pack_rows(A, dS->scalar_type());
   Parts(M, kRowStep).run(M, [&](int64_t, int64_t begin, int64_t end) {
-    stages_for(dY).grad_input(packed(*dS), R, packed(A_rows), mask_of(mask), matrix(dX), begin, end);
+    stages_for(dY).grad_input(packed(*dS), R, packed(A_rows), mask_of(mask), matrix(dX), begin,
+                              end);
   });
   return add_product(dX, dY, W);
 }
@@ -290,6 +365,8 @@ Tensor grad_input(const Tensor& dY, const Tensor& W, const optional<Tensor>& dS,
 Tensor delta(const Tensor& A, const Tensor& B, double scaling, const optional<Tensor>& scale,
              at::IntArrayRef splits, const c10::List<bool>& enabled, int64_t interleave) {
   const Layout layout(splits, enabled, interleave);
+  check_operand("B", B, B.scalar_type());
+  check_operand("A", A, B.scalar_type());
   const int64_t r = B.size(1), K = A.size(1);
   check_matrix("B", B, layout.rows_of_B, r);
   check_matrix("A", A, layout.groups * r, K);
@@ -298,10 +375,11 @@ Tensor delta(const Tensor& A, const Tensor& B, double scaling, const optional<Te
   const Tensor A_rows = pack_rows(A, wide), B_rows = pack_rows(B, wide);
   const double factor = times(scaling, scale);
   for (const Span& span : layout.spans) {
-    const Tensor A_g = A_rows.narrow(0, span.g * r, r), B_g = B_rows.narrow(0, span.row, span.width);
-    const Tensor rows = dW.narrow(0, span.column, span.width);
+    const Packed B_g = packed(B_rows, span.row * B_rows.size(1)),
+                 A_g = packed(A_rows, span.g * r * A_rows.size(1));
+    const Matrix rows = rows_of(dW, span.column, span.width);
     at::parallel_for(0, span.width, kFactorRows, [&](int64_t begin, int64_t end) {
-      stages_for(B).delta(packed(B_g), r, packed(A_g), factor, matrix(rows), begin, end);
+      stages_for(B).delta(B_g, r, A_g, factor, rows, begin, end);
     });
   }
   return dW;
@@ -330,11 +408,11 @@ Tensor add_low_rank(const Tensor& base, const Tensor& left, const Tensor& right,
   Tensor out = at::empty({n, k}, base.options());
   at::parallel_for(0, n, std::max<int64_t>(1, kChunk / std::max<int64_t>(1, k)),
                    [&](int64_t begin, int64_t end) {
-    stages_for(base).add_low_rank(matrix(base), packed(rows), r, packed(columns),
-                                  of_rows.data_ptr<double>(),
-                                  of_columns ? of_columns->data_ptr<double>() : nullptr,
-                                  matrix(out), begin, end);
-  });
+                     stages_for(base).add_low_rank(
+                         matrix(base), packed(rows), r, packed(columns), of_rows.data_ptr<double>(),
+                         of_columns ? of_columns->data_ptr<double>() : nullptr, matrix(out), begin,
+                         end);
+                   });
   return out;
 }
 
@@ -384,10 +462,10 @@ std::tuple<int64_t, Tensor, Tensor, Tensor> encode_correction(const Tensor& pred
   Tensor escaped = at::empty({escapes}, exact.options().dtype(at::kInt));
   Tensor values = at::empty({escapes}, integers);
   for_each_chunk(n, [&](int64_t chunk, int64_t begin, int64_t end) {
-    stages.encode_correction(p.data_ptr(), e.data_ptr(), begin, end, bits,
-                             codes.data_ptr<uint8_t>(), escaped.data_ptr<int32_t>() + offset[chunk],
-                             static_cast<char*>(values.data_ptr()) +
-                                 offset[chunk] * values.element_size());
+    stages.encode_correction(
+        p.data_ptr(), e.data_ptr(), begin, end, bits, codes.data_ptr<uint8_t>(),
+        escaped.data_ptr<int32_t>() + offset[chunk],
+        static_cast<char*>(values.data_ptr()) + offset[chunk] * values.element_size());
   });
   return {bits, codes, escaped, values};
 }
@@ -409,10 +487,10 @@ Tensor decode_correction(const Tensor& predicted, int64_t bits, const Tensor& co
     // in order of their places
     const int64_t first = std::lower_bound(place, place + escapes, begin) - place;
     const int64_t last = std::lower_bound(place + first, place + escapes, end) - place;
-    stages_for(p).decode_correction(p.data_ptr(), begin, end, int(bits), c.data_ptr<uint8_t>(),
-                                    place + first,
-                                    static_cast<const char*>(v.data_ptr()) + first * v.element_size(),
-                                    last - first, out.data_ptr());
+    stages_for(p).decode_correction(
+        p.data_ptr(), begin, end, int(bits), c.data_ptr<uint8_t>(), place + first,
+        static_cast<const char*>(v.data_ptr()) + first * v.element_size(), last - first,
+        out.data_ptr());
   });
   return out;
 }
@@ -424,32 +502,35 @@ int64_t sum_bits(const Tensor& weight) {
   const auto sum_of = [&](int64_t begin, int64_t end, uint64_t sum) {
     return sum + stages_for(dense).sum_bits(data + begin * dense.element_size(), end - begin);
   };
-  return int64_t(at::parallel_reduce(0, dense.numel(), kChunk, uint64_t(0), sum_of,
-                                     std::plus<uint64_t>()));
+  return int64_t(
+      at::parallel_reduce(0, dense.numel(), kChunk, uint64_t(0), sum_of, std::plus<uint64_t>()));
 }
 
 // ---- one call a direction -----------------------------------------------------------------------
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& X, const Tensor& W, const optional<Tensor>& bias,
-                                           const Tensor& A, const Tensor& B, double c,
-                                           const optional<Tensor>& scale, int64_t t,
-                                           const optional<Tensor>& seed, at::IntArrayRef splits,
-                                           const c10::List<bool>& enabled, int64_t interleave) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& X, const Tensor& W,
+                                           const optional<Tensor>& bias, const Tensor& A,
+                                           const Tensor& B, double c, const optional<Tensor>& scale,
+                                           int64_t t, const optional<Tensor>& seed,
+                                           at::IntArrayRef splits, const c10::List<bool>& enabled,
+                                           int64_t interleave) {
   at::AutoDispatchBelowADInplaceOrView guard;
   auto [S, mask] = shrink(X, A, c, scale, t, seed);
   return {expand(X, W, bias, S, B, splits, enabled, interleave), S, mask};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dY, const optional<Tensor>& X,
-                                            const optional<Tensor>& W, const optional<Tensor>& A, const Tensor& B,
-                                            const optional<Tensor>& S, const optional<Tensor>& mask, double c,
+                                            const optional<Tensor>& W, const optional<Tensor>& A,
+                                            const Tensor& B, const optional<Tensor>& S,
+                                            const optional<Tensor>& mask, double c,
                                             const optional<Tensor>& scale, at::IntArrayRef splits,
-                                            const c10::List<bool>& enabled, int64_t interleave, bool need_dX,
-                                            bool need_dA, bool need_dB) {
+                                            const c10::List<bool>& enabled, int64_t interleave,
+                                            bool need_dX, bool need_dA, bool need_dB) {
   at::AutoDispatchBelowADInplaceOrView guard;
   TORCH_CHECK_VALUE((X || !need_dA) && (W || !need_dX) && (A || !(need_dA || need_dX)),
                     "X, W, A: got none, expected X for dA, W for dX and A for either");
-  auto [dS, dB] = grad_expand(dY, S, B, c, scale, splits, enabled, interleave, need_dX || need_dA, need_dB);
+  auto [dS, dB] =
+      grad_expand(dY, S, B, c, scale, splits, enabled, interleave, need_dX || need_dA, need_dB);
   Tensor dA = need_dA ? grad_shrink(dS, *X, mask, *A) : at::empty({0}, B.options());
   Tensor dX = need_dX ? grad_input(dY, *W, dS, *A, mask) : at::empty({0}, dY.options());
   return {dX, dA, dB};
@@ -458,26 +539,40 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dY, const optional<Ten
 }  // namespace
 
 TORCH_LIBRARY(fastlora, m) {
-  m.def("forward(Tensor X, Tensor W, Tensor? bias, Tensor A, Tensor B, float c, Tensor? scale, int t, "
-        "Tensor? seed, int[] splits, bool[] enabled, int interleave) -> (Tensor Y, Tensor S, Tensor mask)");
-  m.def("backward(Tensor dY, Tensor? X, Tensor? W, Tensor? A, Tensor B, Tensor? S, Tensor? mask, float c, "
-        "Tensor? scale, int[] splits, bool[] enabled, int interleave, bool need_dX, bool need_dA, "
-        "bool need_dB) -> (Tensor dX, Tensor dA, Tensor dB)");
-  m.def("shrink(Tensor X, Tensor A, float c, Tensor? scale, int t, Tensor? seed) -> (Tensor S, Tensor mask)");
-  m.def("expand(Tensor X, Tensor W, Tensor? bias, Tensor S, Tensor B, int[] splits, bool[] enabled, "
-        "int interleave) -> Tensor");
-  m.def("grad_expand(Tensor dY, Tensor? S, Tensor B, float c, Tensor? scale, int[] splits, bool[] enabled, "
-        "int interleave, bool need_dS, bool need_dB) -> (Tensor dS, Tensor dB)");
+  m.def(
+      "forward(Tensor X, Tensor W, Tensor? bias, Tensor A, Tensor B, float c, Tensor? scale, int "
+      "t, "
+      "Tensor? seed, int[] splits, bool[] enabled, int interleave) -> (Tensor Y, Tensor S, Tensor "
+      "mask)");
+  m.def(
+      "backward(Tensor dY, Tensor? X, Tensor? W, Tensor? A, Tensor B, Tensor? S, Tensor? mask, "
+      "float c, "
+      "Tensor? scale, int[] splits, bool[] enabled, int interleave, bool need_dX, bool need_dA, "
+      "bool need_dB) -> (Tensor dX, Tensor dA, Tensor dB)");
+  m.def(
+      "shrink(Tensor X, Tensor A, float c, Tensor? scale, int t, Tensor? seed) -> (Tensor S, "
+      "Tensor mask)");
+  m.def(
+      "expand(Tensor X, Tensor W, Tensor? bias, Tensor S, Tensor B, int[] splits, bool[] enabled, "
+      "int interleave) -> Tensor");
+  m.def(
+      "grad_expand(Tensor dY, Tensor? S, Tensor B, float c, Tensor? scale, int[] splits, bool[] "
+      "enabled, "
+      "int interleave, bool need_dS, bool need_dB) -> (Tensor dS, Tensor dB)");
   m.def("grad_shrink(Tensor dS, Tensor X, Tensor? mask, Tensor A) -> Tensor");
   m.def("grad_input(Tensor dY, Tensor W, Tensor? dS, Tensor A, Tensor? mask) -> Tensor");
-  m.def("delta(Tensor A, Tensor B, float scaling, Tensor? scale, int[] splits, bool[] enabled, "
-        "int interleave) -> Tensor");
-  m.def("add_low_rank(Tensor base, Tensor left, Tensor right, Tensor row_scale, "
-        "Tensor? column_scale) -> Tensor");
-  m.def("encode_correction(Tensor predicted, Tensor exact) -> (int bits, Tensor codes, "
-        "Tensor escaped, Tensor values)");
-  m.def("decode_correction(Tensor predicted, int bits, Tensor codes, Tensor escaped, "
-        "Tensor values) -> Tensor");
+  m.def(
+      "delta(Tensor A, Tensor B, float scaling, Tensor? scale, int[] splits, bool[] enabled, "
+      "int interleave) -> Tensor");
+  m.def(
+      "add_low_rank(Tensor base, Tensor left, Tensor right, Tensor row_scale, "
+      "Tensor? column_scale) -> Tensor");
+  m.def(
+      "encode_correction(Tensor predicted, Tensor exact) -> (int bits, Tensor codes, "
+      "Tensor escaped, Tensor values)");
+  m.def(
+      "decode_correction(Tensor predicted, int bits, Tensor codes, Tensor escaped, "
+      "Tensor values) -> Tensor");
   m.def("sum_bits(Tensor weight) -> int");
 }
 

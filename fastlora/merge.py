@@ -42,16 +42,16 @@ class Term:
     right: Tensor
     divisible: bool = True
 
-    def blocks(self) -> Iterator[tuple[slice, slice]]:
-        """Rows of the weight, and the rows of ``left`` that make their delta."""
+    def blocks(self) -> Iterator[tuple[Tensor, slice]]:
+        """Blocks of rows of the weight, and the rows of ``left`` that make their delta."""
         n = len(self.weight)
         if not self.divisible:
-            yield slice(0, n), slice(0, len(self.left))
+            yield self.weight, slice(0, len(self.left))
             return
         step = max(1, _BLOCK_ELEMENTS // max(1, self.weight[0].numel()))
         for first in range(0, n, step):
             rows = slice(first, min(first + step, n))
-            yield rows, rows
+            yield self.weight[rows], rows
 
 
 class MergeError(RuntimeError):
@@ -96,8 +96,8 @@ def add_delta(terms: Sequence[Term], scaling: float) -> None:
 def is_merged(base: Sequence[Term], weight: Sequence[Term], scaling: float) -> bool:
     """Whether ``weight - base`` is the delta, judged by the first block of each term."""
     for old, new in zip(base, weight, strict=True):
-        rows, left_rows = next(old.blocks())
-        found = new.weight[rows].double() - old.weight[rows].double()
+        (block, left_rows), (merged, _) = next(old.blocks()), next(new.blocks())
+        found = merged.double() - block.double()
         delta = old.left[left_rows].double() @ old.right.double() * scaling
         size, miss = delta.norm(), (found - delta.view(found.shape)).norm()
         # written so that NaN, as in memory not yet initialised, means no
@@ -123,7 +123,7 @@ class MergeRecord:
 
     def check_untouched(self, terms: Sequence[Term]) -> None:
         """Raises MergeError if the merged weight has been edited."""
-        found = sum(_checksum(term.weight[rows]) for term in terms for rows, _ in term.blocks())
+        found = sum(_checksum(block) for term in terms for block, _ in term.blocks())
         if found != self.checksum:
             raise MergeError(
                 "weight: was edited while merged, so what it held before cannot be restored; "
@@ -148,10 +148,9 @@ class MergeRecord:
     def unmerged_blocks(self, part: int, term: Term) -> Iterator[tuple[Tensor, slice, Tensor]]:
         """Of each block of a part: the block, its rows of ``left``, and its values before."""
         delta = self.predictors[part].negative()
-        for correction, (rows, left_rows) in zip(
+        for correction, (block, left_rows) in zip(
             self.corrections[part], term.blocks(), strict=True
         ):
-            block = term.weight[rows]
             yield block, left_rows, correction.undo(block, delta, left_rows)
 
 
@@ -184,9 +183,9 @@ def _merged_blocks(
 ) -> Iterator[tuple[int, tuple[Tensor, slice], Tensor, Tensor]]:
     """Of each block: its part, the block and its rows of ``left``, its values before and after."""
     for part, term in enumerate(terms):
+        unmerged: Iterator[tuple[Tensor, slice, Tensor]]
         if old is None:
-            blocks = ((term.weight[rows], left_rows) for rows, left_rows in term.blocks())
-            unmerged = ((block, left_rows, block) for block, left_rows in blocks)
+            unmerged = ((block, left_rows, block) for block, left_rows in term.blocks())
         else:
             unmerged = old.unmerged_blocks(part, term)
         for block, left_rows, before in unmerged:

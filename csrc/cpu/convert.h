@@ -1,6 +1,9 @@
 // Rows of any dtype and stride to and from rows of the dtype sums are kept in.
 #pragma once
 
+#include "dropout.h"
+#include "simd.h"
+
 namespace fastlora::FASTLORA_ISA {
 
 struct bf16 {
@@ -139,51 +142,9 @@ inline void store_row(const Wide<T>* values, int64_t width, const uint8_t* mask,
     if (Y.col_stride == 1 && k + n <= width)
       store_narrow(p + k, kept);
     else
-      for (int64_t i = 0; i < n && k + i < width; ++i) p[(k + i) * Y.col_stride] = narrow<T>(kept[i]);
+      for (int64_t i = 0; i < n && k + i < width; ++i)
+        p[(k + i) * Y.col_stride] = narrow<T>(kept[i]);
   }
-}
-
-// Part of a matrix for products to read or write: the matrix itself where its elements are what
-// sums are kept in, else a buffer.
-template <class C>
-struct Tile {
-  C* data;
-  int64_t stride;
-};
-
-// Whether the elements from a column on are whole vectors as they stand.
-template <class T>
-inline bool is_wide(const Matrix& X, int64_t width, Mask mask) {
-  return std::is_same_v<T, Wide<T>> && !mask.data && X.col_stride == 1 && width % lanes<T> == 0;
-}
-
-template <class T>
-inline Tile<Wide<T>> own_tile(const Matrix& X, int64_t row, int64_t column) {
-  T* data = static_cast<T*>(X.data) + row * X.row_stride + column;
-  return {reinterpret_cast<Wide<T>*>(data), X.row_stride};
-}
-
-template <class T>
-inline Tile<Wide<T>> load_tile(const Matrix& X, int64_t row, int64_t rows, int64_t column,
-                               int64_t width, Mask mask, Tile<Wide<T>> buffer) {
-  if (is_wide<T>(X, width, mask)) return own_tile<T>(X, row, column);
-  for (int64_t i = 0; i < rows; ++i)
-    load_row<T>(X, row + i, column, width, mask.row(row + i), buffer.data + i * buffer.stride);
-  return buffer;
-}
-
-template <class T>
-inline Tile<Wide<T>> tile_to_fill(const Matrix& Y, int64_t row, int64_t column, int64_t width,
-                                  Mask mask, Tile<Wide<T>> buffer) {
-  return is_wide<T>(Y, width, mask) ? own_tile<T>(Y, row, column) : buffer;
-}
-
-template <class T>
-inline void store_tile(Tile<Wide<T>> filled, const Matrix& Y, int64_t row, int64_t rows,
-                       int64_t column, int64_t width, Mask mask) {
-  if (is_wide<T>(Y, width, mask)) return;
-  for (int64_t i = 0; i < rows; ++i)
-    store_row<T>(filled.data + i * filled.stride, width, mask.row(row + i), Y, row + i, column);
 }
 
 }  // namespace fastlora::FASTLORA_ISA

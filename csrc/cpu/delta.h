@@ -1,6 +1,9 @@
 // ΔW = scaling B_g A_g, the rows of one span.
 #pragma once
 
+#include "product.h"
+#include "tile.h"
+
 namespace fastlora::FASTLORA_ISA {
 
 template <class T>

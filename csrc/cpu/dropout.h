@@ -1,6 +1,8 @@
 // The mask of fastlora/dropout.py, bit for bit: drawing it, and applying it to vectors.
 #pragma once
 
+#include "simd.h"
+
 namespace fastlora::FASTLORA_ISA {
 
 constexpr uint32_t kLaneRange = 1 << 16;

@@ -1,6 +1,9 @@
 // Y = bias + S_g B_gᵀ, which the base product is then added to.
 #pragma once
 
+#include "product.h"
+#include "tile.h"
+
 namespace fastlora::FASTLORA_ISA {
 
 template <class T>

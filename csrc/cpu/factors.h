@@ -1,6 +1,8 @@
 // Factors and their gradients, between the caller's layout and rows that vectors can read.
 #pragma once
 
+#include "convert.h"
+
 namespace fastlora::FASTLORA_ISA {
 
 // so many rows at a time, so that both sides of a transposition stay in cache
@@ -31,7 +33,8 @@ void add_parts(Packed parts, int64_t count, int64_t distance, bool transpose, co
   using C = Wide<T>;
   const C* in = static_cast<const C*>(parts.data);
   T* to = static_cast<T*>(out.data);
-  const int64_t row_stride = transpose ? 1 : parts.stride, col_stride = transpose ? parts.stride : 1;
+  const int64_t row_stride = transpose ? 1 : parts.stride,
+                col_stride = transpose ? parts.stride : 1;
   for (int64_t strip = begin; strip < end; strip += kStrip) {
     const int64_t stop = std::min(strip + kStrip, end);
     const auto add = [&](int64_t i, int64_t j) {

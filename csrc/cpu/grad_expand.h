@@ -1,6 +1,9 @@
 // dS = c dY_g B_g and dB_g = dY_gᵀ S_g, from one read of dY.
 #pragma once
 
+#include "product.h"
+#include "tile.h"
+
 namespace fastlora::FASTLORA_ISA {
 
 template <class T>
@@ -19,20 +22,19 @@ void grad_expand(const Matrix& dY, Packed S, int64_t r, Packed B, double c, Span
           if (span.g != g) continue;
           for (int64_t j = 0; j < span.width; j += kTileColumns) {
             const int64_t width = std::min(kTileColumns, span.width - j);
-            const auto dY_g = load_tile<T>(dY, i, rows, span.column + j, width, Mask{},
-                                           {tile, kTileStride<C>});
+            const auto dY_g =
+                load_tile<T>(dY, i, rows, span.column + j, width, Mask{}, {tile, kTileStride<C>});
             if (dS.data) {
               product<C>(rows, columns, width, {dY_g.data, dY_g.stride, 1},
-                         static_cast<const C*>(B.data) + (span.row + j) * B.stride + slab,
-                         B.stride, sum, kSlab, {accumulate, nullptr});
+                         static_cast<const C*>(B.data) + (span.row + j) * B.stride + slab, B.stride,
+                         sum, kSlab, {accumulate, nullptr});
               accumulate = true;
             }
             if (dBt.data && slab == 0)
               product<C>(r, width, rows,
                          {static_cast<const C*>(S.data) + i * S.stride + g * r, 1, S.stride},
-                         dY_g.data, dY_g.stride,
-                         static_cast<C*>(dBt.data) + span.packed + j, dBt.stride,
-                         {i > begin, nullptr});
+                         dY_g.data, dY_g.stride, static_cast<C*>(dBt.data) + span.packed + j,
+                         dBt.stride, {i > begin, nullptr});
           }
         }
         if (!dS.data) continue;

@@ -1,6 +1,9 @@
 // dX = m∘(dS A), which the base product dY W is then added to.
 #pragma once
 
+#include "product.h"
+#include "tile.h"
+
 namespace fastlora::FASTLORA_ISA {
 
 template <class T>

@@ -1,6 +1,9 @@
 // dA = dSᵀ (m∘X).
 #pragma once
 
+#include "product.h"
+#include "tile.h"
+
 namespace fastlora::FASTLORA_ISA {
 
 template <class T>

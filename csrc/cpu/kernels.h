@@ -1,4 +1,5 @@
-// The stages of a LoRA linear layer on a CPU: what bindings.cpp calls. No torch header here or below.
+// The stages of a LoRA linear layer on a CPU: what bindings.cpp calls. No torch header here or
+// below.
 //
 // Every function works on a range of rows, so that the caller decides about threads. Sizes as in
 // docs/math.md: M tokens, K in_features, N out_features, r rank, R = G * r.
@@ -113,10 +114,14 @@ struct Kernels {
 
   const Stages& of(Dtype dtype) const {
     switch (dtype) {
-      case Dtype::f64: return f64;
-      case Dtype::bf16: return bf16;
-      case Dtype::f16: return f16;
-      default: return f32;
+      case Dtype::f64:
+        return f64;
+      case Dtype::bf16:
+        return bf16;
+      case Dtype::f16:
+        return f16;
+      default:
+        return f32;
     }
   }
 };

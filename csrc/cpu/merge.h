@@ -2,6 +2,9 @@
 // prediction gives and what was there. fastlora/backends/reference_merge.py documents them.
 #pragma once
 
+#include "product.h"
+#include "tile.h"
+
 namespace fastlora::FASTLORA_ISA {
 
 // ---- round(base + delta) ------------------------------------------------------------------------
@@ -199,8 +202,7 @@ void decode_correction(const void* predicted, int64_t begin, int64_t end, int bi
   const U largest = U(largest_distance(bits));
   for (int64_t first = begin; first < end; first += kPiece) {
     const int64_t n = std::min(kPiece, end - first);
-    if (bits)
-      __builtin_memcpy(bytes, packed + first * bits / 8, size_t((n * bits + 7) / 8));
+    if (bits) __builtin_memcpy(bytes, packed + first * bits / 8, size_t((n * bits + 7) / 8));
     unpack_codes(bytes, n, bits, codes);
     const U* from = p + first;
     U* __restrict piece = to + first;

@@ -1,6 +1,8 @@
 // The one product that every stage is made of: C = P Q, where rows of Q and C are read as vectors.
 #pragma once
 
+#include "simd.h"
+
 namespace fastlora::FASTLORA_ISA {
 
 // A sum of L terms is one of sums of so many: its rounding errors grow with the square root of
@@ -17,8 +19,8 @@ struct Left {
 // What the sums start from.
 template <class C>
 struct Start {
-  bool from_out;      // what out holds already
-  const C* row;       // or a row that all of them share, where there is one
+  bool from_out;  // what out holds already
+  const C* row;   // or a row that all of them share, where there is one
 };
 
 template <class V, int Rows, int Columns, class C>

@@ -1,6 +1,9 @@
 // S = c (m∘X) Aᵀ: the mask is drawn, and X read, once.
 #pragma once
 
+#include "product.h"
+#include "tile.h"
+
 namespace fastlora::FASTLORA_ISA {
 
 template <class T>
