@@ -5,7 +5,7 @@ Run with ``python -m benchmarks.bench_layer [--quick] [--out DIR]``.
 
 import argparse
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -86,34 +86,38 @@ def run(
     return rows, skipped
 
 
-def _geomean(values: Sequence[float]) -> str:
-    return f"{statistics.geometric_mean(values):.2f}" if values else "–"
+# a few tokens are ruled by the host, many by arithmetic: a mean over both would say nothing
+FEW_TOKENS = 64
+GROUPS: dict[str, Callable[[Shape], bool]] = {
+    "Linear, few tokens": lambda s: s.enable_lora is None and s.M <= FEW_TOKENS,
+    "Linear": lambda s: s.enable_lora is None and s.M > FEW_TOKENS,
+    "MergedLinear, few tokens": lambda s: s.enable_lora is not None and s.M <= FEW_TOKENS,
+    "MergedLinear": lambda s: s.enable_lora is not None and s.M > FEW_TOKENS,
+}
+
+
+def _geomean(ratios: Sequence[Spread]) -> Spread | None:
+    """Geometric means of medians and of quartiles."""
+    if not ratios:
+        return None
+    mean = statistics.geometric_mean
+    return Spread(*(mean([getattr(r, end) for r in ratios]) for end in ("median", "low", "high")))
 
 
 def summary_table(rows: Sequence[Row]) -> report.Table:
-    """Geometric means over the grid, for each dropout probability."""
+    """Geometric means over the grid, by kind of layer, number of tokens and dropout."""
     out: list[list[str]] = []
-    for p in sorted({row.shape.p for row in rows}):
-        for name in dict.fromkeys(row.provider for row in rows):
-            mine = [row for row in rows if row.provider == name and row.shape.p == p]
-            linear = [row for row in mine if row.shape.enable_lora is None]
-            merged = [row for row in mine if row.shape.enable_lora]
-            cells = [
-                _geomean([getattr(row, field).median for row in group if getattr(row, field)])
-                for group in (linear, merged)
-                for field in ("vs_frozen", "vs_loralib")
-            ]
-            out.append([name, f"{p:g}", *cells])
-        out.append([])
-    header = (
-        "provider",
-        "p",
-        "Linear × frozen",
-        "Linear × loralib",
-        "Merged × frozen",
-        "Merged × loralib",
-    )
-    return report.Table("Forward + backward time, geometric mean over the grid", header, out)
+    for group, belongs in GROUPS.items():
+        for p in sorted({row.shape.p for row in rows}):
+            mine = [row for row in rows if belongs(row.shape) and row.shape.p == p]
+            for name in dict.fromkeys(row.provider for row in mine):
+                own = [row for row in mine if row.provider == name]
+                frozen = _geomean([row.vs_frozen for row in own])
+                loralib = _geomean([row.vs_loralib for row in own if row.vs_loralib])
+                out.append([name, group, f"{p:g}", report.ratio(frozen), report.ratio(loralib)])
+            out.append([])
+    header = ("provider", "layer", "p", "× frozen", "× loralib")
+    return report.Table("Forward + backward time, geometric means over the grid", header, out)
 
 
 def detail_table(rows: Sequence[Row]) -> report.Table:

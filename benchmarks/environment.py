@@ -48,6 +48,16 @@ def _fastlora_version() -> str | None:
     return fastlora.__version__
 
 
+def _path(device: torch.device) -> str | None:
+    """The backend that fastlora takes on its own, and the build of its kernels."""
+    try:
+        from fastlora import backends
+    except ImportError:
+        return None
+    backend = backends.select("auto", device.type)
+    return f"{backend.name} ({backend.description()})"
+
+
 def _commit() -> str | None:
     """The commit of the source tree, with ``+changes`` when the tree differs from it."""
 
@@ -73,6 +83,7 @@ def environment(device: torch.device) -> dict[str, object]:
         "platform": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
+        "path": _path(device),
         "packages": {"fastlora": _fastlora_version()} | {p: _version(p) for p in PACKAGES},
         "commit": _commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

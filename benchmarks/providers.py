@@ -163,13 +163,14 @@ def fastlora_with(backend: str) -> Setup:
 
 
 def fastlora_backends() -> list[str]:
-    """Backends to measure one by one; with a single usable one, ``auto`` is all there is."""
+    """Usable backends that ``auto`` does not choose: the other ways to run the same layer."""
     try:
         from fastlora import backends
     except ImportError:
         return []
-    reasons = backends.available()
-    return list(reasons) if list(reasons.values()).count(None) > 1 else []
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = backends.select("auto", device).name
+    return [name for name, reason in backends.available().items() if not reason and name != chosen]
 
 
 def providers(compiled: bool = False) -> dict[str, Setup]:

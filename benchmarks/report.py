@@ -18,11 +18,18 @@ COLOURS = {
     "PEFT": "#56B4E9",
     "PEFT compiled": "#CC79A7",
     "fastlora": "#D55E00",
+    "fastlora (reference)": "#0072B2",
     "full fine-tuning": "#009E73",
     "head only": "#8C8C8C",
     "frozen linear": "#8C8C8C",
 }
-MARKERS = {"loralib": "s", "PEFT": "^", "PEFT compiled": "v", "fastlora": "o"}
+MARKERS = {
+    "loralib": "s",
+    "PEFT": "^",
+    "PEFT compiled": "v",
+    "fastlora (reference)": "D",
+    "fastlora": "o",
+}
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,8 @@ def environment_markdown(env: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in env["packages"].items() if v)
     return (
         f"{env['device']}, {env['cores']} cores, {env['threads']} threads, {env['platform']}. "
-        f"Python {env['python']}, {versions}; commit {env['commit']}; {env['date']}.\n"
+        f"Python {env['python']}, {versions}; fastlora's path: {env['path']}; "
+        f"commit {env['commit']}; {env['date']}.\n"
     )
 
 

@@ -39,7 +39,7 @@ class Shape:
 DROPOUT = (0.0, 0.1)
 # 768: BERT-base, GPT-2, ViT-B; 1024 -> 4096: the MLP of the -large / -medium models
 CPU_LAYERS = ((768, 768), (768, 3072), (1024, 4096))
-CPU_TOKENS = (32, 512, 2048)
+CPU_TOKENS = (32, 512, 2048, 8192)
 # GPT-2's c_attn, the layer that MergedLinear was written for: q and v adapted, k not
 QKV = (768, 2304, (True, False, True))
 # Llama-3-8B attention and MLP, Llama-2-13B attention, Llama-3-70B attention
@@ -48,12 +48,14 @@ GPU_QKV = (4096, 12288, (True, False, True))
 
 
 def cpu_shapes(quick: bool) -> Iterator[Shape]:
-    """The CPU grid; ``quick`` keeps rank 8 and the 768-wide layers."""
-    layers = CPU_LAYERS[:2] if quick else CPU_LAYERS
-    for (K, N), M, r, p in product(layers, CPU_TOKENS, (8,) if quick else (8, 16), DROPOUT):
+    """The CPU grid; ``quick`` keeps rank 8, the 768-wide layers and up to 2048 tokens."""
+    layers, tokens, ranks = CPU_LAYERS, CPU_TOKENS, (8, 16)
+    if quick:
+        layers, tokens, ranks = layers[:2], tokens[:3], ranks[:1]
+    for (K, N), M, r, p in product(layers, tokens, ranks, DROPOUT):
         yield Shape(M, K, N, r, p)
     K, N, enable_lora = QKV
-    for M, p in product(CPU_TOKENS, DROPOUT):
+    for M, p in product(tokens, DROPOUT):
         yield Shape(M, K, N, 8, p, enable_lora)
 
 

@@ -10,6 +10,7 @@
 #include <array>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -436,25 +437,26 @@ std::tuple<int64_t, Tensor, Tensor, Tensor> encode_correction(const Tensor& pred
   TORCH_CHECK_VALUE(n <= INT32_MAX, "exact: got ", n, " elements, expected at most ", INT32_MAX);
   const Tensor p = predicted.contiguous(), e = exact.contiguous();
   const Stages& stages = stages_for(e);
-  std::vector<std::array<int64_t, 4>> outside((n + kChunk - 1) / kChunk);
+
+  // of each chunk and width of code, how many distances there are to list
+  std::vector<std::array<int64_t, std::size(kCodeBits)>> outside((n + kChunk - 1) / kChunk);
   for_each_chunk(n, [&](int64_t chunk, int64_t begin, int64_t end) {
     stages.count_distances(p.data_ptr(), e.data_ptr(), begin, end, outside[chunk].data());
   });
-
-  constexpr int code_bits[] = {0, 2, 4, 8};
-  int best = 0;
+  size_t best = 0;
   int64_t least = INT64_MAX;
-  for (int b = 0; b < 4; ++b) {
-    int64_t size = n * code_bits[b] / 8;
+  for (size_t b = 0; b < std::size(kCodeBits); ++b) {
+    int64_t size = n * kCodeBits[b] / 8;
     for (const auto& of_chunk : outside) size += of_chunk[b] * (4 + exact.element_size());
     if (size < least) best = b, least = size;
   }
-  const int bits = code_bits[best];
   const auto integers = exact.options().dtype(integer_type(exact));
   if (least >= n * exact.element_size()) {
     const Tensor none = at::empty({0}, integers);
     return {-1, none, none, e.is_same(exact) ? e.clone() : e};
   }
+
+  const int bits = kCodeBits[best];
   std::vector<int64_t> offset(outside.size() + 1);
   for (size_t i = 0; i < outside.size(); ++i) offset[i + 1] = offset[i] + outside[i][best];
   const int64_t escapes = offset.back();

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable as _without_graph
 
 from fastlora.backends import Backend, reference, reference_conv, reference_embedding
 from fastlora.blocks import Blocks
@@ -20,18 +19,17 @@ Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 def once_differentiable(backward: Backward) -> Backward:
-    """Like torch's, but refuses ``create_graph=True`` at once.
+    """Refuses ``create_graph=True``; without it, backward runs with gradients disabled anyway.
 
-    torch's lets a gradient without a graph through where dY needs none (that of a sum, say), and a
-    penalty on it would silently count as a constant.
+    torch's own lets a gradient without a graph through where dY needs none (that of a sum, say),
+    and a penalty on it would silently count as a constant.
     """
-    without_graph = _without_graph(backward)
 
     @wraps(backward)
     def checked(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("create_graph=True: LoRA layers can be differentiated only once")
-        return without_graph(ctx, dY)
+        return backward(ctx, dY)
 
     return checked
 

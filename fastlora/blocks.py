@@ -1,7 +1,7 @@
 """Which output features each adapted block of a linear layer covers."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -19,31 +19,31 @@ class Blocks:
         interleave: How often the pattern of blocks repeats along the output. 1: each block is
             contiguous (``q | k | v``). H: each block is spread over H equal parts
             (``q0 k0 v0 | q1 k1 v1 | ...``, the per-head layout of GPT-NeoX, BLOOM and Falcon).
+
+    Attributes:
+        count: Number of adapted blocks, G.
+        out_features: Size of the whole output, N.
+        adapted_features: Rows of B: the sizes of the adapted blocks together.
     """
 
     splits: tuple[int, ...]
     enabled: tuple[bool, ...]
     interleave: int = 1
+    count: int = field(init=False, repr=False, compare=False)
+    out_features: int = field(init=False, repr=False, compare=False)
+    adapted_features: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # once for all forwards of a layer
+        adapted = (n for n, on in zip(self.splits, self.enabled, strict=True) if on)
+        object.__setattr__(self, "count", sum(self.enabled))
+        object.__setattr__(self, "out_features", sum(self.splits))
+        object.__setattr__(self, "adapted_features", sum(adapted))
 
     @classmethod
     def single(cls, out_features: int) -> "Blocks":
         """One adapted block that covers the whole output."""
         return cls((out_features,), (True,))
-
-    @property
-    def count(self) -> int:
-        """Number of adapted blocks, G."""
-        return sum(self.enabled)
-
-    @property
-    def out_features(self) -> int:
-        """Size of the whole output, N."""
-        return sum(self.splits)
-
-    @property
-    def adapted_features(self) -> int:
-        """Rows of B: the sizes of the adapted blocks together."""
-        return sum(n for n, on in zip(self.splits, self.enabled, strict=True) if on)
 
     @property
     def _spans(self) -> tuple[tuple[int, int, int], ...]:

@@ -196,6 +196,8 @@ def linear(
     dtype: torch.dtype,
 ) -> None:
     """The tensors of a LoRA linear fit together; ``dtype`` is what the call computes in."""
+    if _linear_fits(x, weight, lora_A, lora_B, bias, lora_bias, layout, dtype):
+        return
     factors = {"lora_A": lora_A, "lora_B": lora_B, "lora_bias": lora_bias}
     float_tensors(x=x, weight=weight, bias=bias, **factors)
     N, K = weight.shape
@@ -221,6 +223,35 @@ def linear(
         return
     base_dtype(dtype, weight=weight, bias=bias)
     factor_dtypes(dtype, **factors)
+
+
+def _linear_fits(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    lora_bias: Tensor | None,
+    layout: Blocks,
+    dtype: torch.dtype,
+) -> bool:
+    """Whether all is as it mostly is; decided in a few microseconds, with no message prepared."""
+    tensors = (x, weight, lora_A, lora_B) if bias is None else (x, weight, lora_A, lora_B, bias)
+    for t in tensors:
+        if not isinstance(t, Tensor) or t.dtype is not dtype or t.device != x.device:
+            return False
+    N, K = weight.shape
+    B_shape = lora_B.shape
+    return (
+        lora_bias is None
+        and dtype in FLOAT_DTYPES
+        and x.shape[-1:] == (K,)
+        and layout.out_features == N
+        and len(B_shape) == 2
+        and B_shape[0] == layout.adapted_features
+        and lora_A.shape == (layout.count * B_shape[1], K)
+        and (bias is None or bias.shape == (N,))
+    )
 
 
 def embedding(

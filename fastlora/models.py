@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastlora import backends, checks, functional
 from fastlora.layers import LoRALayer
+from fastlora.layers.linear import BlockLinear
 
 BIAS = ("none", "all", "lora_only")
 
@@ -159,7 +160,9 @@ def explain(layer: LoRALayer, x: Tensor | None = None) -> str:
         )
     else:
         device = (layer.weight if x is None else x).device.type
-        backend = backends.select(layer.backend, device)
+        # convolutions and embeddings have no other path
+        name = layer.backend if isinstance(layer, BlockLinear) else "reference"
+        backend = backends.select(name, device)
         lines.append(f"path: {backend.name} ({backend.description()})")
         for name, reason in backends.available().items():
             lines.append(f"  {name}: {'usable' if reason is None else reason}")

@@ -1,5 +1,6 @@
 """Gradients: right for every subset of inputs, no more computed or saved than needed."""
 
+import inspect
 import itertools
 from collections import Counter
 from contextlib import contextmanager
@@ -7,11 +8,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
 from fastlora import backends, dropout, functional
-from fastlora.backends import reference
+from fastlora.backends import native, reference
 from fastlora.blocks import Blocks
 from fastlora.testing import make_inputs
 
@@ -21,6 +23,10 @@ LAYOUTS = {
     "single": Blocks.single(6),
     "grouped": Blocks((4, 2, 2), (True, False, True), 2),
 }
+
+
+each_backend = pytest.mark.usefixtures("backend")
+needs_native = pytest.mark.skipif(bool(native.why_not()), reason=f"native: {native.why_not()}")
 
 
 def ids(needs):
@@ -44,6 +50,7 @@ def call(tensors, p=0.0, blocks=LAYOUTS["single"], scaling=2.0):
 # ---- right
 
 
+@each_backend
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("needs", SUBSETS, ids=ids)
@@ -60,6 +67,7 @@ def test_gradcheck(needs, layout, p):
         assert not function(*tensors.values()).requires_grad
 
 
+@each_backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_gradcheck_of_lora_bias(layout):
     blocks = LAYOUTS[layout]
@@ -70,6 +78,7 @@ def test_gradcheck_of_lora_bias(layout):
     )
 
 
+@each_backend
 def test_a_gradient_does_not_depend_on_what_else_is_asked_for():
     whole = operands(M=9, K=33, dtype=torch.float32)
     call(whole, 0.3).sum().backward()
@@ -81,6 +90,7 @@ def test_a_gradient_does_not_depend_on_what_else_is_asked_for():
             assert not need or torch.equal(some[name].grad, whole[name].grad)
 
 
+@each_backend
 @pytest.mark.parametrize("M", [0, 4])
 @pytest.mark.parametrize("K", [5, 40])
 def test_gradients_of_strided_operands(M, K):
@@ -108,6 +118,7 @@ def test_gradients_of_strided_operands(M, K):
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@each_backend
 def test_sum_backward():
     """``y.sum()`` gives a gradient with strides of zero."""
     results = []
@@ -119,6 +130,7 @@ def test_sum_backward():
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@each_backend
 def test_a_second_backward_gives_the_same():
     tensors = operands(M=9, K=33, dtype=torch.float32)
     y = call(tensors, 0.3)
@@ -127,6 +139,7 @@ def test_a_second_backward_gives_the_same():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@each_backend
 def test_inputs_are_never_written():
     tensors = operands(M=9, K=33, dtype=torch.float32)
     grad, seed = torch.randn(9, 6), torch.tensor([7])
@@ -141,43 +154,95 @@ def test_inputs_are_never_written():
 
 # ---- no more work than needed
 
-
-class Counting:
-    """A backend that counts its stages' calls and what they were asked for."""
-
-    def __init__(self):
-        self.calls = Counter()
-
-    def __getattr__(self, name):
-        stage = getattr(reference, name)
-
-        def counted(*args, **kwargs):
-            self.calls[name] += 1
-            self.calls.update(option for option, wanted in kwargs.items() if wanted)
-            return stage(*args, **kwargs)
-
-        return counted
+STAGES = ("shrink", "expand", "grad_expand", "grad_shrink", "grad_input")
 
 
 @pytest.mark.parametrize("needs", SUBSETS[1:], ids=ids)
 def test_only_gradients_asked_for_are_computed(needs, monkeypatch):
-    backend = Counting()
-    monkeypatch.setattr(functional, "select", lambda name: backend)
-    y = call(operands(needs=needs), 0.3)
-    assert backend.calls == {"shrink": 1, "expand": 1}
+    calls = Counter()
+
+    def counted(name):
+        stage = getattr(reference, name)
+        options = list(inspect.signature(stage).parameters)
+
+        def count(*args):
+            calls[name] += 1
+            given = zip(options, args, strict=True)
+            calls.update(option for option, value in given if "need" in option and value)
+            return stage(*args)
+
+        return count
+
+    for name in STAGES:
+        monkeypatch.setattr(reference, name, counted(name))
+    with fastlora.use_backend("reference"):
+        y = call(operands(needs=needs), 0.3)
+    assert calls == {"shrink": 1, "expand": 1}
     y.sum().backward()
     x, _, A, B, _ = needs
     expected = {"shrink": 1, "expand": 1, "grad_expand": x or A or B, "need_dS": x or A}
     expected |= {"need_dB": B, "grad_shrink": A, "grad_input": x}
-    assert backend.calls == Counter({name: int(n) for name, n in expected.items()})
+    assert calls == Counter({name: int(n) for name, n in expected.items()})
 
 
-def test_stages_run_on_the_backend_that_was_chosen(monkeypatch):
-    backend = Counting()
-    monkeypatch.setattr(backends, "reference_backend", backend)
+class Operators(TorchDispatchMode):
+    """Calls of the library's own operators, by name: arguments and results."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "fastlora":
+            assert str(func) not in self.calls
+            self.calls[str(func)] = args, result
+        return result
+
+
+@needs_native
+@pytest.mark.parametrize("needs", SUBSETS[1:], ids=ids)
+def test_the_operator_gets_and_gives_only_what_is_asked_for(needs):
+    with Operators() as operators, fastlora.use_backend("native"):
+        call(operands(needs=needs), 0.3).sum().backward()
+    assert list(operators.calls) == ["fastlora.forward.default", "fastlora.backward.default"]
+    (_, X, W, A, _, S, mask, *_, need_dX, need_dA, need_dB), results = operators.calls.popitem()[1]
+    need_x, need_W, need_A, need_B, _ = needs
+    assert (need_dX, need_dA, need_dB) == (need_x, need_A, need_B)
+    assert [t.numel() > 0 for t in results] == [need_x, need_A, need_B]
+    assert [t is not None for t in (X, W, A, S, mask)] == [
+        need_A or need_W,
+        need_x,
+        need_x or need_A,
+        need_B,
+        need_x or need_A,
+    ]
+
+
+class Counting:
+    """A backend that counts its calls."""
+
+    def __init__(self, backend):
+        self.backend, self.calls = backend, Counter()
+
+    def __getattr__(self, name):
+        value = getattr(self.backend, name)
+        if not callable(value):
+            return value
+
+        def counted(*args):
+            self.calls[name] += 1
+            return value(*args)
+
+        return counted
+
+
+def test_a_layer_runs_on_the_backend_that_was_chosen(backend, monkeypatch):
+    counting = Counting(backends.select())
+    monkeypatch.setattr(backends, f"{backend}_backend", counting)
     layer = fastlora.Linear(5, 6, r=2)
     layer(torch.randn(3, 5)).sum().backward()
-    assert backend.calls["shrink"] == backend.calls["grad_expand"] == 1
+    assert counting.calls["forward"] == counting.calls["backward"] == 1
 
 
 # ---- no more saved than needed
@@ -202,6 +267,7 @@ def describe(tensors, known):
     return Counter(names.get(t.data_ptr(), (tuple(t.shape), t.dtype)) for t in tensors.values())
 
 
+@each_backend
 @pytest.mark.parametrize("factor_dtype", [None, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.0, 0.1])
@@ -239,6 +305,7 @@ def make_layer(kind, **options):
     return layer(24, 36, r=4, lora_dropout=0.1, **own, **options)
 
 
+@each_backend
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_save_nothing_of_the_weights_size(kind, autocast):
@@ -258,40 +325,21 @@ def test_layers_save_nothing_of_the_weights_size(kind, autocast):
         assert parameter.grad.dtype == torch.float32
 
 
-class Largest(TorchDispatchMode):
-    """The most elements that any one operation wrote to new memory, by dtype."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
-        for t in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
-                largest = max(self.elements[t.dtype], t.numel())
-                self.elements[t.dtype] = largest
-        return result
-
-
 @pytest.mark.parametrize("p", [0.0, 0.1])
-def test_no_wide_copy_of_a_16_bit_input(p, monkeypatch):
-    """Forward and backward widen, mask and unpack a block of rows at a time, never all of x."""
-    M, K, N, r, block = 64, 96, 80, 4, 512
-    monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", block)
+def test_no_wide_copy_of_a_16_bit_input(p, backend, monkeypatch):
+    """But for Y and dX nothing is allocated of even a byte for each element of x."""
+    M, K, N, r = 256, 96, 80, 4
+    monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", 2048)
     blocks = Blocks.single(N)
     tensors = operands(M, K, blocks, r, torch.bfloat16, factor_dtype=torch.float32)
     tensors["weight"].requires_grad_(False)
-    with Largest() as largest:
-        call(tensors, p, blocks).backward(torch.ones(M, N, dtype=torch.bfloat16))
-    # 256 * 8: what each byte of a mask stands for
-    allowed = max(block, M * r, N * r, K * r, 256 * 8)
-    assert 2 * allowed < M * K
-    for dtype, elements in largest.elements.items():
-        # a mask byte is unpacked to 8 elements, in rows of 32 at least
-        assert elements <= (M * max(K, N) if dtype == torch.bfloat16 else 2 * allowed), dtype
-    assert largest.elements[torch.bfloat16] == M * K
+    grad = torch.ones(M, N, dtype=torch.bfloat16)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        call(tensors, p, blocks).backward(grad)
+    allocated = Counter(event.self_cpu_memory_usage for event in profiled.events())
+    Y, dX = 2 * M * N, 2 * M * K
+    assert allocated.pop(Y) == allocated.pop(dX) == 1
+    assert 0 < max(allocated) < M * K
 
 
 # ---- what is not supported says so
@@ -385,6 +433,7 @@ def test_merging_between_forward_and_backward_raises(kind):
         y.sum().backward()
 
 
+@each_backend
 def test_the_mask_of_backward_is_that_of_forward():
     """Gradients reach exactly the elements of x that the packed mask keeps."""
     tensors = operands(M=6, K=45, dtype=torch.float32)

@@ -241,9 +241,19 @@ def test_a_backend_that_is_not_usable_says_why(name):
 
 
 def test_an_unknown_backend_in_use_backend():
+    before = backends.select()
     with pytest.raises(ValueError, match=more("backend", "'x'", "reference")):
         backends.use_backend("x").__enter__()
-    assert backends.select().name == "reference"
+    assert backends.select() is before
+
+
+@pytest.mark.skipif(bool(backends.native.why_not()), reason=f"native: {backends.native.why_not()}")
+def test_a_backend_without_kernels_for_the_device():
+    given = {name: ones(5, 5, device="meta") for name in ("x", "weight", "lora_A", "lora_B")}
+    assert linear(**given, bias=None).device.type == "meta"
+    with pytest.raises(ValueError, match=more("backend", "'native'", "meta", "cpu")):
+        linear(**given, bias=None, backend="native")
+    assert backends.select("auto", "meta").name == "reference"
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from torch import nn
@@ -74,9 +76,10 @@ def test_a_layer_may_be_the_whole_model():
 
 
 def test_explain_says_which_path_and_why():
-    layer = fastlora.Linear(4, 4, r=2, lora_dropout=0.5)
+    layer = fastlora.Linear(4, 4, r=2, lora_dropout=0.5, backend="reference")
     text = fastlora.explain(layer, torch.zeros(1, 4))
-    assert "path: reference" in text and "dropout: p=0.5" in text and "torch.float32" in text
+    assert "path: reference (plain PyTorch)" in text
+    assert "dropout: p=0.5" in text and "torch.float32" in text
     with torch.autocast("cpu", torch.bfloat16):
         assert "torch.bfloat16 input and weight (autocast)" in fastlora.explain(
             layer, torch.zeros(1, 4)
@@ -86,6 +89,29 @@ def test_explain_says_which_path_and_why():
     assert "no factors" in fastlora.explain(fastlora.Linear(4, 4))
     with pytest.raises(TypeError, match="layer: got Linear, expected a fastlora layer"):
         fastlora.explain(nn.Linear(4, 4))
+
+
+def test_a_demanded_extension_is_what_runs():
+    """Where FASTLORA_BUILD=1 asked for it, as in CI, nothing falls back to the reference."""
+    reason = fastlora.backends.available()["native"]
+    if reason and os.environ.get("FASTLORA_BUILD") != "1":
+        pytest.skip(f"native: {reason}")
+    assert reason is None
+    build = fastlora.backends.native._C.build_info()
+    path = f"path: native ({build['instruction_set']}, {build['vector_bits']}-bit vectors)"
+    layer = fastlora.Linear(4, 4, r=2)
+    assert path in fastlora.explain(layer)
+    assert path in fastlora.explain(layer, torch.zeros(1, 4))
+    with fastlora.use_backend("reference"):
+        assert "path: reference" in fastlora.explain(layer)
+
+
+def test_the_reference_runs_where_nothing_else_does(monkeypatch):
+    monkeypatch.setattr(fastlora.backends.native, "_obstacle", "not today")
+    layer = fastlora.Linear(4, 4, r=2)
+    text = fastlora.explain(layer)
+    assert "path: reference" in text and "native: not today" in text
+    layer(torch.zeros(1, 4))
 
 
 def test_backends():

@@ -31,26 +31,35 @@ template <class T>
 void add_parts(Packed parts, int64_t count, int64_t distance, bool transpose, const Matrix& out,
                int64_t begin, int64_t end) {
   using C = Wide<T>;
+  using V = Vector<C, lanes<C>>;
   const C* in = static_cast<const C*>(parts.data);
   T* to = static_cast<T*>(out.data);
-  const int64_t row_stride = transpose ? 1 : parts.stride,
-                col_stride = transpose ? parts.stride : 1;
-  for (int64_t strip = begin; strip < end; strip += kStrip) {
-    const int64_t stop = std::min(strip + kStrip, end);
-    const auto add = [&](int64_t i, int64_t j) {
-      C sum = 0;
-      for (int64_t part = 0; part < count; ++part)
-        sum += in[part * distance + i * row_stride + j * col_stride];
-      to[i * out.row_stride + j * out.col_stride] = narrow<T>(sum);
-    };
-    if (transpose) {
-      for (int64_t j = 0; j < out.cols; ++j)
-        for (int64_t i = strip; i < stop; ++i) add(i, j);
-    } else {
-      for (int64_t i = strip; i < stop; ++i)
-        for (int64_t j = 0; j < out.cols; ++j) add(i, j);
+  // i counts the parts' rows, j what lies side by side in them
+  const int64_t i_stride = transpose ? out.col_stride : out.row_stride;
+  const int64_t j_stride = transpose ? out.row_stride : out.col_stride;
+  const auto add = [&](int64_t i, int64_t j_begin, int64_t j_end) {
+    for (int64_t j = j_begin; j < j_end; j += lanes<C>) {
+      const C* first = in + i * parts.stride + j;
+      T* p = to + i * i_stride + j * j_stride;
+      const int64_t n = std::min<int64_t>(lanes<C>, j_end - j);
+      V sum{};
+      if (n == lanes<C>)
+        for (int64_t part = 0; part < count; ++part) sum += load<V>(first + part * distance);
+      else
+        for (int64_t part = 0; part < count; ++part)
+          for (int64_t k = 0; k < n; ++k) sum[k] += first[part * distance + k];
+      if (j_stride == 1 && n == lanes<C>)
+        store_narrow(p, sum);
+      else
+        for (int64_t k = 0; k < n; ++k) p[k * j_stride] = narrow<T>(sum[k]);
     }
+  };
+  if (!transpose) {
+    for (int64_t i = begin; i < end; ++i) add(i, 0, out.cols);
+    return;
   }
+  for (int64_t strip = begin; strip < end; strip += kStrip)
+    for (int64_t i = 0; i < out.cols; ++i) add(i, strip, std::min(strip + kStrip, end));
 }
 
 }  // namespace fastlora::FASTLORA_ISA

@@ -47,6 +47,9 @@ struct Packed {
   int64_t stride;
 };
 
+// Widths of the codes that a correction of a merged weight may have.
+constexpr int kCodeBits[] = {0, 2, 4, 8};
+
 // The stages for one dtype of X.
 struct Stages {
   // out = factor, or its transpose; [begin, end): rows of the factor
@@ -88,7 +91,7 @@ struct Stages {
                        const double* row_scale, const double* column_scale, const Matrix& out,
                        int64_t begin, int64_t end);
 
-  // outside[b] += how many distances from predicted to exact a code of 0, 2, 4, 8 bits cannot hold;
+  // outside[b] += how many distances from predicted to exact a code of kCodeBits[b] cannot hold;
   // here and in the next two, begin is a multiple of 8
   void (*count_distances)(const void* predicted, const void* exact, int64_t begin, int64_t end,
                           int64_t* outside);

@@ -85,7 +85,6 @@ inline BitsOf<T> predicted_order(BitsOf<T> bits) {
 
 // elements worked on at a time, in first-level cache
 constexpr int64_t kPiece = 1024;
-constexpr int kCodeBits[] = {0, 2, 4, 8};
 
 // the largest distance that a code of so many bits holds
 constexpr int largest_distance(int bits) { return bits ? (1 << (bits - 1)) - 1 : 0; }

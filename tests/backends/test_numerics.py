@@ -1,5 +1,7 @@
 """Every usable backend against fp64, by the rule of ``fastlora.testing``; and the rule itself."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,8 @@ from fastlora.blocks import Blocks
 
 USABLE = [name for name, reason in backends.available().items() if reason is None]
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-PATHS = [(b, d) for b in USABLE for d in DEVICES if (b, d) != ("triton", "cpu")]
+MODULES = {name: importlib.import_module(f"fastlora.backends.{name}") for name in USABLE}
+PATHS = [(b, d) for b, module in MODULES.items() for d in module.devices or DEVICES if d in DEVICES]
 
 # of x and weight, of the factors
 DTYPES = {
