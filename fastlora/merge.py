@@ -201,7 +201,7 @@ def _may_overflow(
         bound = torch.maximum(-lowest, highest) + deltas[part].bound()
         if old is not None:
             bound += old.predictors[part].negative().bound()
-        # half: the prediction is not exact; not >=: the bound is NaN where the weight holds one
+        # half, as the old delta is known only nearly; a weight with NaN in it has no bound
         if not bound < torch.finfo(term.weight.dtype).max / 2:
             return True
     return False

@@ -7,9 +7,15 @@ from fastlora import backends
 
 
 @pytest.fixture(params=["reference", "native"])
-def backend(request):
-    """What leaves the choice of a backend open runs on each of those for CPU tensors."""
+def backend_name(request):
+    """Each of the backends for CPU tensors."""
     if reason := backends.available()[request.param]:
         pytest.skip(f"{request.param}: {reason}")
-    with fastlora.use_backend(request.param):
-        yield request.param
+    return request.param
+
+
+@pytest.fixture
+def backend(backend_name):
+    """What leaves the choice of a backend open runs on each of these."""
+    with fastlora.use_backend(backend_name):
+        yield backend_name

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import fastlora
-from fastlora import backends
 from fastlora import merge as merging
 from fastlora.backends.reference_merge import flip_negative, round_once
 from fastlora.merge import MergeError, Term
@@ -15,13 +14,7 @@ from fastlora.merge import MergeError, Term
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-
-@pytest.fixture(params=["reference", "native"], autouse=True)
-def backend(request):
-    if reason := backends.available()[request.param]:
-        pytest.skip(f"{request.param}: {reason}")
-    with fastlora.use_backend(request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 def bits(t):

@@ -1,4 +1,10 @@
 // What every machine of this architecture has: SSE2 on x86-64, NEON on AArch64.
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#elif defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>

@@ -29,11 +29,12 @@ void add_low_rank(const Matrix& base, Packed left, int64_t r, Packed right, cons
                   const double* column_scale, const Matrix& out, int64_t begin, int64_t end) {
   using V = Vector<double, lanes<double>>;
   using Base = Vector<Wide<T>, lanes<double>>;
-  constexpr int64_t columns = kSlab, stride = columns + lanes<double>;
-  alignas(64) double tile[kTileRows * stride];
+  // rows of a weight are read and written once: in pieces long enough to be prefetched
+  constexpr int64_t tile_rows = 8, columns = 1024, stride = columns + lanes<double>;
+  alignas(64) double tile[tile_rows * stride];
   alignas(64) Wide<T> values[columns];
-  for (int64_t i = begin; i < end; i += kTileRows) {
-    const int64_t rows = std::min(kTileRows, end - i);
+  for (int64_t i = begin; i < end; i += tile_rows) {
+    const int64_t rows = std::min(tile_rows, end - i);
     for (int64_t k = 0; k < base.cols; k += columns) {
       const int64_t width = std::min(columns, base.cols - k);
       product<double>(rows, width, r,

@@ -36,14 +36,17 @@ inline V broadcast(T x) {
 // compiler to contract (merging depends on that)
 template <class V>
 inline V fma(V a, V b, V c) {
-#if defined(__aarch64__)
-  for (unsigned i = 0; i < sizeof(V) / sizeof(a[0]); ++i) c[i] = __builtin_fma(a[i], b[i], c[i]);
-  return c;
-#else
   return a * b + c;
-#endif
 }
 
+#if defined(__aarch64__)
+inline Vector<float, 4> fma(Vector<float, 4> a, Vector<float, 4> b, Vector<float, 4> c) {
+  return vfmaq_f32(c, a, b);
+}
+inline Vector<double, 2> fma(Vector<double, 2> a, Vector<double, 2> b, Vector<double, 2> c) {
+  return vfmaq_f64(c, a, b);
+}
+#endif
 #if defined(FASTLORA_X86_FMA)
 inline Vector<float, 4> fma(Vector<float, 4> a, Vector<float, 4> b, Vector<float, 4> c) {
   return _mm_fmadd_ps(a, b, c);
@@ -73,6 +76,15 @@ inline V multiply_low_halves(V a, V b) {
   constexpr uint64_t low = 0xFFFFFFFF;
   return (a & low) * (b & low);
 }
+#if defined(__aarch64__)
+inline Vector<uint64_t, 2> multiply_low_halves(Vector<uint64_t, 2> a, Vector<uint64_t, 2> b) {
+  return vmull_u32(vmovn_u64(a), vmovn_u64(b));
+}
+#elif defined(__x86_64__)
+inline Vector<uint64_t, 2> multiply_low_halves(Vector<uint64_t, 2> a, Vector<uint64_t, 2> b) {
+  return Vector<uint64_t, 2>(_mm_mul_epu32(__m128i(a), __m128i(b)));
+}
+#endif
 #if defined(FASTLORA_X86_FMA)
 inline Vector<uint64_t, 4> multiply_low_halves(Vector<uint64_t, 4> a, Vector<uint64_t, 4> b) {
   return Vector<uint64_t, 4>(_mm256_mul_epu32(__m256i(a), __m256i(b)));
