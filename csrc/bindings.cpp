@@ -23,8 +23,8 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-// rows of a factor that a thread is woken for
-constexpr int64_t kFactorRows = 256;
+// elements of a factor that a thread is woken for
+constexpr int64_t kFactorElements = 1 << 16;
 // a multiple of every register tile's rows
 constexpr int64_t kRowStep = 8;
 // elements every row of a Packed that is read as vectors is padded to
@@ -93,22 +93,37 @@ int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step;
 int64_t mask_bytes(int64_t K) { return round_up(K, 32) / 8; }
 
 // How M rows are shared out among threads: always the same for one M and one number of threads,
-// so that sums over rows come out the same.
+// so that sums over rows come out the same. A part that sums over rows keeps `sums` rows of its
+// own, so it gets a fair number to sum.
 struct Parts {
-  int64_t count, rows;
+  int64_t M, rows, count;
 
-  Parts(int64_t M, int64_t least) {
-    const int64_t most = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), M / least));
+  explicit Parts(int64_t M, int64_t sums = 0) : M(M) {
+    const int64_t least = std::max(kRowStep, sums / 4);
+    const int64_t most = std::clamp<int64_t>(M / least, 1, at::get_num_threads());
     rows = round_up(std::max<int64_t>(1, (M + most - 1) / most), kRowStep);
     count = (M + rows - 1) / rows;
   }
 
-  template <class F>
-  void run(int64_t M, const F& f) const {
+  // all stages on one part, then on the next
+  template <class... Stage>
+  void run(const Stage&... stages) const {
     at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
-      for (int64_t part = first; part < last; ++part)
-        f(part, part * rows, std::min(M, (part + 1) * rows));
+      for (int64_t part = first; part < last; ++part) {
+        const int64_t begin = part * rows, end = std::min(M, begin + rows);
+        (run_one(stages, part, begin, end), ...);
+      }
     });
+  }
+
+ private:
+  template <class Stage>
+  static void run_one(const Stage& stage, int64_t part, int64_t begin, int64_t end) {
+    stage.run(part, begin, end);
+  }
+  template <class Stage>
+  static void run_one(const optional<Stage>& stage, int64_t part, int64_t begin, int64_t end) {
+    if (stage) stage->run(part, begin, end);
   }
 };
 
@@ -194,6 +209,12 @@ double times(double c, const optional<Tensor>& scale) {
 
 // ---- factors ------------------------------------------------------------------------------------
 
+// f(begin, end) over rows of `cols` elements
+template <class F>
+void for_factor_rows(int64_t rows, int64_t cols, const F& f) {
+  at::parallel_for(0, rows, std::max<int64_t>(1, kFactorElements / std::max<int64_t>(1, cols)), f);
+}
+
 // The factor as (rows, padded cols), widened: itself where it is that already.
 Tensor pack_rows(const Tensor& factor, at::ScalarType wide, int64_t padding = 0) {
   const int64_t rows = factor.size(0), cols = factor.size(1);
@@ -202,7 +223,7 @@ Tensor pack_rows(const Tensor& factor, at::ScalarType wide, int64_t padding = 0)
   const auto options = factor.options().dtype(wide);
   Tensor out =
       stride == cols ? at::empty({rows, stride}, options) : at::zeros({rows, stride}, options);
-  at::parallel_for(0, rows, kFactorRows, [&](int64_t begin, int64_t end) {
+  for_factor_rows(rows, cols, [&](int64_t begin, int64_t end) {
     stages_for(factor).pack(matrix(factor), false, packed(out), begin, end);
   });
   return out;
@@ -213,7 +234,7 @@ Tensor pack_transposed(const Tensor& A, at::ScalarType wide) {
   const int64_t R = A.size(0), K = A.size(1), stride = round_up(R, kPadding);
   const auto options = A.options().dtype(wide);
   Tensor out = stride == R ? at::empty({K, stride}, options) : at::zeros({K, stride}, options);
-  at::parallel_for(0, K, kFactorRows, [&](int64_t begin, int64_t end) {
+  for_factor_rows(K, R, [&](int64_t begin, int64_t end) {
     stages_for(A).pack(transposed(matrix(A)), false, packed(out), begin, end);
   });
   return out;
@@ -225,7 +246,7 @@ Tensor pack_spans(const Tensor& B, const Layout& layout, at::ScalarType wide) {
   if (layout.packed != layout.rows_of_B) out.zero_();
   for (const Span& span : layout.spans) {
     const Matrix B_g = rows_of(B, span.row, span.width);
-    at::parallel_for(0, span.width, kFactorRows, [&](int64_t begin, int64_t end) {
+    for_factor_rows(span.width, B.size(1), [&](int64_t begin, int64_t end) {
       stages_for(B).pack(B_g, true, packed(out, span.packed), begin, end);
     });
   }
@@ -234,60 +255,209 @@ Tensor pack_spans(const Tensor& B, const Layout& layout, at::ScalarType wide) {
 
 void add_parts(const Tensor& parts, bool transpose, int64_t column, const Stages& stages,
                const Matrix& out) {
-  at::parallel_for(0, out.rows, kFactorRows, [&](int64_t begin, int64_t end) {
+  for_factor_rows(out.rows, out.cols, [&](int64_t begin, int64_t end) {
     stages.add_parts(packed(parts, column), parts.size(0), parts.size(1) * parts.size(2), transpose,
                      out, begin, end);
   });
 }
 
 // ---- stages -------------------------------------------------------------------------------------
+//
+// Each is checked and packed when it is made, then run on parts of the rows. Rows depend on no
+// others, so stages that follow each other share one visit of the threads: waking them costs
+// microseconds, and a whole time slice where something else has taken a core.
+
+struct Shrink {
+  Tensor S, mask;
+
+  Shrink(const Tensor& X, const Tensor& A, double c, const optional<Tensor>& scale, int64_t t,
+         const optional<Tensor>& seed)
+      : X(X), c(times(c, scale)), t(t), R(A.size(0)) {
+    check_operand("X", X, X.scalar_type());
+    check_factor("A", A, R, X.size(1), X.scalar_type());
+    TORCH_CHECK_VALUE(0 <= t && t <= 65536, "t: got ", t, ", expected 0 to 65536");
+    TORCH_CHECK_VALUE(!t || (seed && seed->numel() == 1 && seed->scalar_type() == at::kLong),
+                      "seed: got none or no single Long, expected one where t > 0");
+    const auto wide = accumulation_type(X);
+    S = at::empty({X.size(0), R}, X.options().dtype(wide));
+    mask = at::empty({t ? X.size(0) : 0, mask_bytes(X.size(1))}, X.options().dtype(at::kByte));
+    At = pack_transposed(A, wide);
+    key = t ? uint64_t(seed->item<int64_t>()) : 0;
+  }
+
+  void run(int64_t, int64_t begin, int64_t end) const {
+    stages_for(X).shrink(matrix(X), packed(At), c, uint32_t(t), key,
+                         t ? Mask{mask.data_ptr<uint8_t>(), mask.size(1)} : Mask{}, packed(S), R,
+                         begin, end);
+  }
+
+ private:
+  const Tensor& X;
+  Tensor At;
+  double c;
+  int64_t t, R;
+  uint64_t key;
+};
+
+struct Expand {
+  Tensor Y;
+
+  Expand(const Tensor& X, const Tensor& W, const optional<Tensor>& bias, const Tensor& S,
+         const Tensor& B, const Layout& layout)
+      : S(S), layout(layout), r(B.size(1)) {
+    check_operand("X", X, X.scalar_type());
+    check_operand("W", W, X.scalar_type());
+    check_matrix("W", W, layout.N, X.size(1));
+    check_factor("B", B, layout.rows_of_B, r, X.scalar_type());
+    const auto wide = accumulation_type(X);
+    check_sums("S", S, X.size(0), layout.groups * r, wide);
+    Y = at::empty({X.size(0), layout.N}, X.options());
+    Bt = pack_spans(B, layout, wide);
+    if (!bias) return;
+    check(bias->dim() == 1 && bias->numel() == layout.N, "bias", *bias, {layout.N});
+    // read as vectors from any column on
+    b = pack_rows(bias->unsqueeze(0), wide, kPadding);
+  }
+
+  void run(int64_t, int64_t begin, int64_t end) const {
+    const Packed row = b ? packed(*b) : Packed{};
+    stages_for(Y).expand(packed(S), r, packed(Bt), b ? &row : nullptr, layout.view(), matrix(Y),
+                         begin, end);
+  }
+
+  Tensor add_base(const Tensor& X, const Tensor& W) { return Y.addmm_(X, W.t()); }
+
+ private:
+  const Tensor& S;
+  const Layout& layout;
+  Tensor Bt;
+  optional<Tensor> b;
+  int64_t r;
+};
+
+struct GradExpand {
+  Tensor dS, dB;
+
+  GradExpand(const Tensor& dY, const optional<Tensor>& S, const Tensor& B, double c,
+             const optional<Tensor>& scale, const Layout& layout, const Parts& parts, bool need_dS,
+             bool need_dB)
+      : dY(dY), S(S), layout(layout), c(times(c, scale)), r(B.size(1)) {
+    const int64_t M = dY.size(0), R = layout.groups * r;
+    check_operand("dY", dY, dY.scalar_type());
+    check_matrix("dY", dY, M, layout.N);
+    check_factor("B", B, layout.rows_of_B, r, dY.scalar_type());
+    const auto wide = accumulation_type(dY);
+    TORCH_CHECK_VALUE(S || !need_dB, "S: got none, expected it for dB");
+    if (S) check_sums("S", *S, M, R, wide);
+    const auto options = dY.options().dtype(wide);
+    dS = need_dS ? at::empty({M, R}, options) : at::empty({0}, options);
+    dB = at::empty(need_dB ? B.sizes() : at::IntArrayRef{0}, B.options());
+    if (need_dS) B_rows = pack_rows(B, wide);
+    if (need_dB) sums = at::empty({parts.count, r, layout.packed}, options);
+  }
+
+  void run(int64_t part, int64_t begin, int64_t end) const {
+    stages_for(dY).grad_expand(matrix(dY), sums ? packed(*S) : Packed{}, r,
+                               B_rows ? packed(*B_rows) : Packed{}, c, layout.view(),
+                               B_rows ? packed(dS) : Packed{},
+                               sums ? packed(*sums, 0, part) : Packed{}, begin, end);
+  }
+
+  Tensor add_up() const {
+    if (sums)
+      for (const Span& span : layout.spans)
+        add_parts(*sums, true, span.packed, stages_for(dB), rows_of(dB, span.row, span.width));
+    return dB;
+  }
+
+ private:
+  const Tensor& dY;
+  const optional<Tensor>& S;
+  const Layout& layout;
+  optional<Tensor> B_rows, sums;
+  double c;
+  int64_t r;
+};
+
+struct GradShrink {
+  GradShrink(const Tensor& dS, const Tensor& X, const optional<Tensor>& mask, const Tensor& A,
+             const Parts& parts)
+      : dS(dS), X(X), mask(mask), R(A.size(0)) {
+    check_operand("X", X, X.scalar_type());
+    const int64_t M = X.size(0), K = X.size(1);
+    check_sums("dS", dS, M, R, accumulation_type(X));
+    check_factor("A", A, R, K, X.scalar_type());
+    check_mask(mask, M, K);
+    dA = at::empty({R, K}, A.options());
+    sums = at::empty({parts.count, R, round_up(K, kPadding)}, dS.options());
+  }
+
+  void run(int64_t part, int64_t begin, int64_t end) const {
+    stages_for(X).grad_shrink(packed(dS), R, matrix(X), mask_of(mask), packed(sums, 0, part), begin,
+                              end);
+  }
+
+  Tensor add_up() const {
+    add_parts(sums, false, 0, stages_for(dA), matrix(dA));
+    return dA;
+  }
+
+ private:
+  const Tensor &dS, &X;
+  const optional<Tensor>& mask;
+  Tensor dA, sums;
+  int64_t R;
+};
+
+struct GradInput {
+  GradInput(const Tensor& dY, const Tensor& W, const Tensor& dS, const Tensor& A,
+            const optional<Tensor>& mask)
+      : dS(dS), mask(mask), R(A.size(0)) {
+    check_operand("dY", dY, dY.scalar_type());
+    check_operand("W", W, dY.scalar_type());
+    const int64_t M = dY.size(0), K = W.size(1);
+    check_matrix("W", W, dY.size(1), K);
+    check_sums("dS", dS, M, R, accumulation_type(dY));
+    check_factor("A", A, R, K, dY.scalar_type());
+    check_mask(mask, M, K);
+    dX = at::empty({M, K}, dY.options());
+    A_rows = pack_rows(A, dS.scalar_type());
+  }
+
+  void run(int64_t, int64_t begin, int64_t end) const {
+    stages_for(dX).grad_input(packed(dS), R, packed(A_rows), mask_of(mask), matrix(dX), begin, end);
+  }
+
+  Tensor add_base(const Tensor& dY, const Tensor& W) {
+    // MKL's path for so few rows is up to 1.4 times less accurate (rms) when it adds in place
+    if (dX.size(0) < 4 && dX.scalar_type() == dS.scalar_type()) return dX.add_(dY.mm(W));
+    return dX.addmm_(dY, W);
+  }
+
+ private:
+  const Tensor& dS;
+  const optional<Tensor>& mask;
+  Tensor dX, A_rows;
+  int64_t R;
+};
+
+// ---- operators: one stage -----------------------------------------------------------------------
 
 std::tuple<Tensor, Tensor> shrink(const Tensor& X, const Tensor& A, double c,
                                   const optional<Tensor>& scale, int64_t t,
                                   const optional<Tensor>& seed) {
-  check_operand("X", X, X.scalar_type());
-  check_factor("A", A, A.size(0), X.size(1), X.scalar_type());
-  TORCH_CHECK_VALUE(0 <= t && t <= 65536, "t: got ", t, ", expected 0 to 65536");
-  TORCH_CHECK_VALUE(!t || (seed && seed->numel() == 1 && seed->scalar_type() == at::kLong),
-                    "seed: got none or no single Long, expected one where t > 0");
-  const int64_t M = X.size(0), K = X.size(1), R = A.size(0);
-  const auto wide = accumulation_type(X);
-  Tensor S = at::empty({M, R}, X.options().dtype(wide));
-  Tensor mask = at::empty({t ? M : 0, mask_bytes(K)}, X.options().dtype(at::kByte));
-  const Tensor At = pack_transposed(A, wide);
-  const uint64_t key = t ? uint64_t(seed->item<int64_t>()) : 0;
-  const double factor = times(c, scale);
-  Parts(M, kRowStep).run(M, [&](int64_t, int64_t begin, int64_t end) {
-    stages_for(X).shrink(matrix(X), packed(At), factor, uint32_t(t), key,
-                         t ? mask_of(mask) : Mask{}, packed(S), R, begin, end);
-  });
-  return {S, mask};
+  const Shrink stage(X, A, c, scale, t, seed);
+  Parts(X.size(0)).run(stage);
+  return {stage.S, stage.mask};
 }
 
 Tensor expand(const Tensor& X, const Tensor& W, const optional<Tensor>& bias, const Tensor& S,
               const Tensor& B, at::IntArrayRef splits, const c10::List<bool>& enabled,
               int64_t interleave) {
   const Layout layout(splits, enabled, interleave);
-  check_operand("X", X, X.scalar_type());
-  check_operand("B", B, B.scalar_type());
-  const int64_t M = X.size(0), r = B.size(1);
-  const auto wide = accumulation_type(X);
-  check_operand("W", W, X.scalar_type());
-  check_matrix("W", W, layout.N, X.size(1));
-  check_factor("B", B, layout.rows_of_B, r, X.scalar_type());
-  check_sums("S", S, M, layout.groups * r, wide);
-  if (bias) check(bias->dim() == 1 && bias->numel() == layout.N, "bias", *bias, {layout.N});
-  Tensor Y = at::empty({M, layout.N}, X.options());
-  const Tensor Bt = pack_spans(B, layout, wide);
-  optional<Tensor> b;
-  // read as vectors from any column on
-  if (bias) b = pack_rows(bias->unsqueeze(0), wide, kPadding);
-  Parts(M, kRowStep).run(M, [&](int64_t, int64_t begin, int64_t end) {
-    const Packed row = b ? packed(*b) : Packed{};
-    stages_for(X).expand(packed(S), r, packed(Bt), b ? &row : nullptr, layout.view(), matrix(Y),
-                         begin, end);
-  });
-  return Y.addmm_(X, W.t());
+  Expand stage(X, W, bias, S, B, layout);
+  Parts(X.size(0)).run(stage);
+  return stage.add_base(X, W);
 }
 
 std::tuple<Tensor, Tensor> grad_expand(const Tensor& dY, const optional<Tensor>& S, const Tensor& B,
@@ -295,68 +465,26 @@ std::tuple<Tensor, Tensor> grad_expand(const Tensor& dY, const optional<Tensor>&
                                        at::IntArrayRef splits, const c10::List<bool>& enabled,
                                        int64_t interleave, bool need_dS, bool need_dB) {
   const Layout layout(splits, enabled, interleave);
-  check_operand("dY", dY, dY.scalar_type());
-  check_operand("B", B, B.scalar_type());
-  const int64_t M = dY.size(0), r = B.size(1), R = layout.groups * r;
-  const auto wide = accumulation_type(dY);
-  check_matrix("dY", dY, M, layout.N);
-  check_factor("B", B, layout.rows_of_B, r, dY.scalar_type());
-  TORCH_CHECK_VALUE(S || !need_dB, "S: got none, expected it for dB");
-  if (S) check_sums("S", *S, M, R, wide);
-  const auto options = dY.options().dtype(wide);
-  const Parts parts(M, std::max(kRowStep, r / 4));
-  Tensor dS = need_dS ? at::empty({M, R}, options) : at::empty({0}, options);
-  Tensor dBt = at::empty({need_dB ? parts.count : 0, r, layout.packed}, options);
-  Tensor dB = need_dB ? at::empty(B.sizes(), B.options()) : at::empty({0}, B.options());
-  const Tensor B_rows = need_dS ? pack_rows(B, wide) : B;
-  const double factor = times(c, scale);
-  parts.run(M, [&](int64_t part, int64_t begin, int64_t end) {
-    stages_for(dY).grad_expand(matrix(dY), need_dB ? packed(*S) : Packed{}, r, packed(B_rows),
-                               factor, layout.view(), need_dS ? packed(dS) : Packed{},
-                               need_dB ? packed(dBt, 0, part) : Packed{}, begin, end);
-  });
-  if (need_dB)
-    for (const Span& span : layout.spans)
-      add_parts(dBt, true, span.packed, stages_for(B), rows_of(dB, span.row, span.width));
-  return {dS, dB};
+  const Parts parts(dY.size(0), B.size(1));
+  const GradExpand stage(dY, S, B, c, scale, layout, parts, need_dS, need_dB);
+  parts.run(stage);
+  return {stage.dS, stage.add_up()};
 }
 
 Tensor grad_shrink(const Tensor& dS, const Tensor& X, const optional<Tensor>& mask,
                    const Tensor& A) {
-  check_operand("X", X, X.scalar_type());
-  const int64_t M = X.size(0), K = X.size(1), R = A.size(0);
-  check_sums("dS", dS, M, R, accumulation_type(X));
-  check_factor("A", A, R, K, X.scalar_type());
-  check_mask(mask, M, K);
-  const Parts parts(M, std::max(kRowStep, R / 4));
-  Tensor sums = at::empty({parts.count, R, round_up(K, kPadding)}, dS.options());
-  Tensor dA = at::empty({R, K}, A.options());
-  parts.run(M, [&](int64_t part, int64_t begin, int64_t end) {
-    stages_for(X).grad_shrink(packed(dS), R, matrix(X), mask_of(mask), packed(sums, 0, part), begin,
-                              end);
-  });
-  add_parts(sums, false, 0, stages_for(A), matrix(dA));
-  return dA;
+  const Parts parts(X.size(0), A.size(0));
+  const GradShrink stage(dS, X, mask, A, parts);
+  parts.run(stage);
+  return stage.add_up();
 }
 
 Tensor grad_input(const Tensor& dY, const Tensor& W, const optional<Tensor>& dS, const Tensor& A,
                   const optional<Tensor>& mask) {
   if (!dS) return dY.mm(W);
-  check_operand("dY", dY, dY.scalar_type());
-  check_operand("W", W, dY.scalar_type());
-  const int64_t M = dY.size(0), K = W.size(1), R = A.size(0);
-  check_sums("dS", *dS, M, R, accumulation_type(dY));
-  check_factor("A", A, R, K, dY.scalar_type());
-  check_mask(mask, M, K);
-  Tensor dX = at::empty({M, K}, dY.options());
-  const Tensor A_rows = pack_rows(A, dS->scalar_type());
-  Parts(M, kRowStep).run(M, [&](int64_t, int64_t begin, int64_t end) {
-    stages_for(dY).grad_input(packed(*dS), R, packed(A_rows), mask_of(mask), matrix(dX), begin,
-                              end);
-  });
-  // MKL's path for so few rows is up to 1.4 times less accurate (rms) when it adds in place
-  if (M < 4 && dX.scalar_type() == dS->scalar_type()) return dX.add_(dY.mm(W));
-  return dX.addmm_(dY, W);
+  GradInput stage(dY, W, *dS, A, mask);
+  Parts(dY.size(0)).run(stage);
+  return stage.add_base(dY, W);
 }
 
 Tensor delta(const Tensor& A, const Tensor& B, double scaling, const optional<Tensor>& scale,
@@ -372,14 +500,52 @@ Tensor delta(const Tensor& A, const Tensor& B, double scaling, const optional<Te
   const Tensor A_rows = pack_rows(A, wide), B_rows = pack_rows(B, wide);
   const double factor = times(scaling, scale);
   for (const Span& span : layout.spans) {
-    const Packed B_g = packed(B_rows, span.row * B_rows.size(1)),
-                 A_g = packed(A_rows, span.g * r * A_rows.size(1));
+    const Packed B_g = packed(B_rows, span.row * B_rows.size(1));
+    const Packed A_g = packed(A_rows, span.g * r * A_rows.size(1));
     const Matrix rows = rows_of(dW, span.column, span.width);
-    at::parallel_for(0, span.width, kFactorRows, [&](int64_t begin, int64_t end) {
+    for_factor_rows(span.width, K, [&](int64_t begin, int64_t end) {
       stages_for(B).delta(B_g, r, A_g, factor, rows, begin, end);
     });
   }
   return dW;
+}
+
+// ---- operators: one direction -------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& X, const Tensor& W,
+                                           const optional<Tensor>& bias, const Tensor& A,
+                                           const Tensor& B, double c, const optional<Tensor>& scale,
+                                           int64_t t, const optional<Tensor>& seed,
+                                           at::IntArrayRef splits, const c10::List<bool>& enabled,
+                                           int64_t interleave) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const Layout layout(splits, enabled, interleave);
+  const Shrink shrink(X, A, c, scale, t, seed);
+  Expand expand(X, W, bias, shrink.S, B, layout);
+  Parts(X.size(0)).run(shrink, expand);
+  return {expand.add_base(X, W), shrink.S, shrink.mask};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dY, const optional<Tensor>& X,
+                                            const optional<Tensor>& W, const optional<Tensor>& A,
+                                            const Tensor& B, const optional<Tensor>& S,
+                                            const optional<Tensor>& mask, double c,
+                                            const optional<Tensor>& scale, at::IntArrayRef splits,
+                                            const c10::List<bool>& enabled, int64_t interleave,
+                                            bool need_dX, bool need_dA, bool need_dB) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  TORCH_CHECK_VALUE((X || !need_dA) && (W || !need_dX) && (A || !(need_dA || need_dX)),
+                    "X, W, A: got none, expected X for dA, W for dX and A for either");
+  const Layout layout(splits, enabled, interleave);
+  const Parts parts(dY.size(0), layout.groups * B.size(1));
+  const GradExpand expand(dY, S, B, c, scale, layout, parts, need_dX || need_dA, need_dB);
+  optional<GradShrink> shrink;
+  optional<GradInput> input;
+  if (need_dA) shrink.emplace(expand.dS, *X, mask, *A, parts);
+  if (need_dX) input.emplace(dY, *W, expand.dS, *A, mask);
+  parts.run(expand, shrink, input);
+  return {input ? input->add_base(dY, *W) : at::empty({0}, dY.options()),
+          shrink ? shrink->add_up() : at::empty({0}, B.options()), expand.add_up()};
 }
 
 // ---- merging ------------------------------------------------------------------------------------
@@ -502,36 +668,6 @@ int64_t sum_bits(const Tensor& weight) {
   };
   return int64_t(
       at::parallel_reduce(0, dense.numel(), kChunk, uint64_t(0), sum_of, std::plus<uint64_t>()));
-}
-
-// ---- one call a direction -----------------------------------------------------------------------
-
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& X, const Tensor& W,
-                                           const optional<Tensor>& bias, const Tensor& A,
-                                           const Tensor& B, double c, const optional<Tensor>& scale,
-                                           int64_t t, const optional<Tensor>& seed,
-                                           at::IntArrayRef splits, const c10::List<bool>& enabled,
-                                           int64_t interleave) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  auto [S, mask] = shrink(X, A, c, scale, t, seed);
-  return {expand(X, W, bias, S, B, splits, enabled, interleave), S, mask};
-}
-
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dY, const optional<Tensor>& X,
-                                            const optional<Tensor>& W, const optional<Tensor>& A,
-                                            const Tensor& B, const optional<Tensor>& S,
-                                            const optional<Tensor>& mask, double c,
-                                            const optional<Tensor>& scale, at::IntArrayRef splits,
-                                            const c10::List<bool>& enabled, int64_t interleave,
-                                            bool need_dX, bool need_dA, bool need_dB) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  TORCH_CHECK_VALUE((X || !need_dA) && (W || !need_dX) && (A || !(need_dA || need_dX)),
-                    "X, W, A: got none, expected X for dA, W for dX and A for either");
-  auto [dS, dB] =
-      grad_expand(dY, S, B, c, scale, splits, enabled, interleave, need_dX || need_dA, need_dB);
-  Tensor dA = need_dA ? grad_shrink(dS, *X, mask, *A) : at::empty({0}, B.options());
-  Tensor dX = need_dX ? grad_input(dY, *W, dS, *A, mask) : at::empty({0}, dY.options());
-  return {dX, dA, dB};
 }
 
 }  // namespace
