@@ -1,4 +1,4 @@
-# make test | lint | bench | bench-full | dist | clean
+# make test | lint | sanitize | bench | bench-full | dist | clean
 #
 # Each word makes what it needs in VENV. With VENV= (empty) it uses PYTHON as it is: nothing is
 # created or downloaded, and only fastlora itself is installed, where it is not yet.
@@ -48,7 +48,7 @@ editable:
 endif
 
 .DEFAULT_GOAL := test
-.PHONY: test lint bench bench-full dist clean editable
+.PHONY: test lint sanitize bench bench-full dist clean editable
 
 # one thread a worker: the workers share the cores
 test: $(call needs,test)
@@ -58,6 +58,27 @@ lint: $(call needs,test)
 	$(py) -m ruff check .
 	$(py) -m ruff format --check .
 	$(py) -m mypy
+
+# the C++ kernels against plain loops, under AddressSanitizer and UndefinedBehaviorSanitizer: a
+# compiler is all that this needs
+sanitized := build/sanitize
+sanitizers := -fsanitize=address,undefined -fno-sanitize-recover=all
+warnings := -Wall -Wextra -Werror
+
+$(sanitized)/%.o: csrc/cpu/%.cpp $(wildcard csrc/cpu/*)
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -O1 -g -ffp-contract=off $(warnings) $(sanitizers) -c $< -o $@
+
+# not slowed down by checks of its own
+$(sanitized)/test_stages.o: tests/csrc/test_stages.cpp csrc/cpu/kernels.h
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -O2 $(warnings) -Icsrc/cpu -c $< -o $@
+
+$(sanitized)/test_stages: $(patsubst %,$(sanitized)/%.o,baseline avx2 avx512 test_stages)
+	$(CXX) $(sanitizers) $^ -o $@
+
+sanitize: $(sanitized)/test_stages
+	$<
 
 bench: $(call needs,bench)
 	$(py) -m benchmarks.finetune $(out)

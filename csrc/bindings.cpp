@@ -138,7 +138,7 @@ struct Layout {
                       " switches, interleave=", interleave);
     int64_t pattern = 0;
     for (const int64_t n : splits) {
-      TORCH_CHECK_VALUE(n > 0 && n % interleave == 0, "splits: got ", splits,
+      TORCH_CHECK_VALUE(n > 0 && n <= INT32_MAX && n % interleave == 0, "splits: got ", splits,
                         ", expected positive multiples of interleave=", interleave);
       pattern += n / interleave;
     }
@@ -315,6 +315,7 @@ struct Expand {
     Bt = pack_spans(B, layout, wide);
     if (!bias) return;
     check(bias->dim() == 1 && bias->numel() == layout.N, "bias", *bias, {layout.N});
+    check_operand("bias", bias->unsqueeze(0), X.scalar_type());
     // read as vectors from any column on
     b = pack_rows(bias->unsqueeze(0), wide, kPadding);
   }

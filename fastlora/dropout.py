@@ -130,4 +130,5 @@ def keep(X: Tensor, mask: Tensor | None) -> Tensor:
     byte = torch.arange(256, device=X.device, dtype=words).unsqueeze(1)
     table = -(byte >> torch.arange(8, device=X.device, dtype=words) & 1)
     kept = table.index_select(0, mask.flatten().int()).view(X.shape[0], 8 * mask.shape[1])
-    return (X.view(words) & kept[:, : X.shape[1]]).view(X.dtype)
+    # the bits of a lazily negated tensor are not its own
+    return (X.resolve_neg().view(words) & kept[:, : X.shape[1]]).view(X.dtype)

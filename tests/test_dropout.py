@@ -128,6 +128,13 @@ def test_unpack_is_little_endian():
     assert kept.nonzero()[:, 1].tolist() == [0, 9, 15]
 
 
+def test_keep_takes_a_lazily_negated_input():
+    x = torch.complex(torch.zeros(3, 40), torch.randn(3, 40)).conj().imag
+    mask = draw(4, 3, 40, 32768)
+    assert x.is_neg()
+    assert torch.equal(dropout.keep(x, mask), x.where(dropout.unpack_mask(mask, 40), 0))
+
+
 def test_rate_is_rounded_to_a_16_bit_threshold():
     assert [dropout.threshold(p) for p in (0.0, 0.1, 0.5, 1.0)] == [0, 6554, 32768, 65536]
     for t in (0, 1, 6554, 32768, 65535):

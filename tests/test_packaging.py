@@ -16,11 +16,19 @@ ROOT = Path(__file__).parents[1]
 # the folders of the packages, as wheels name them
 FOLDERS = {"fastlora": ROOT / "fastlora", "fastlora/kernels": ROOT / "kernels"}
 PATHS = "import fastlora, fastlora.kernels as k; print(fastlora.__file__); print(k.__file__)"
+NATIVE = """
+from fastlora import doctor
+print(fastlora.backends.native._C.__file__)
+print("native on cpu:", doctor.self_check("native", "cpu"))
+"""
 EXTENSION = """
 #include <Python.h>
 static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C"};
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }
 """
+
+
+needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="needs a C++ compiler")
 
 
 def copy_of_the_tree(folder):
@@ -39,11 +47,11 @@ def run(code, cwd, **env):
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
 
 
-def build(tree, kind, mode="0", check=True, block_torch=False):
+def build(tree, kind, mode="0", check=True, block_torch=False, **env):
     """Run the build backend in ``tree`` as a frontend would; the result lies beside it."""
     block = "import sys; sys.modules['torch'] = None\n" if block_torch else ""
     code = f"from setuptools import build_meta\nbuild_meta.build_{kind}({str(tree.parent)!r})"
-    result = run(block + code, tree, FASTLORA_BUILD=mode)
+    result = run(block + code, tree, FASTLORA_BUILD=mode, **env)
     assert result.returncode == 0 or not check, result.stdout + result.stderr
     return result
 
@@ -106,7 +114,7 @@ def test_sdist_holds_all_sources(built):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         packed = {name.partition("/")[2] for name in archive.getnames()}
-    suffixes = {".py", ".cpp", ".cu", ".cuh", ".h", ".md", ".toml", ".yaml"}
+    suffixes = {".py", ".cpp", ".cu", ".cuh", ".h", ".inc", ".md", ".toml", ".yaml"}
     wanted = {
         path.relative_to(ROOT).as_posix()
         for folder in ("fastlora", "kernels", "csrc", "tests", "docs", "benchmarks")
@@ -114,7 +122,29 @@ def test_sdist_holds_all_sources(built):
         if path.suffix in suffixes and not any(part.startswith(".") for part in path.parts)
     }
     top = {"pyproject.toml", "setup.py", "Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
+    assert {"csrc/bindings.cpp", "csrc/cpu/kernels.h", "csrc/cpu/stages.inc"} <= wanted
     assert wanted | top | {"LICENSE", "MANIFEST.in", ".ci/run"} <= packed
+
+
+@needs_compiler
+def test_wheel_with_the_extension_works_from_another_folder(built, tmp_path):
+    """Built from what the sdist holds."""
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    # compiled without optimisation: as good for this, and in half the time
+    compiler = tmp_path / "c++"
+    compiler.write_text('#!/bin/bash\nexec c++ "${@/#-O?/-O0}"\n')
+    compiler.chmod(0o755)
+    build(tmp_path / sdist.name.removesuffix(".tar.gz"), "wheel", "1", CXX=str(compiler))
+    assert has_extension(tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    result = run(PATHS + NATIVE, tmp_path, PYTHONPATH=str(tmp_path / "site"))
+    assert result.returncode == 0, result.stderr
+    *paths, check = result.stdout.splitlines()
+    assert all(path.startswith(str(tmp_path)) for path in paths)
+    assert check == "native on cpu: None"
 
 
 def test_one_version_everywhere(built):
@@ -136,8 +166,6 @@ def without_sources(tmp_path):
 
 @pytest.fixture
 def with_sources(without_sources):
-    if not shutil.which("c++"):
-        pytest.skip("needs a C++ compiler")
     (without_sources / "csrc").mkdir()
     (without_sources / "csrc" / "probe.cpp").write_text(EXTENSION)
     return without_sources
@@ -166,17 +194,30 @@ def test_a_demanded_extension_without_torch_fails(with_sources):
     assert "torch cannot be imported" in result.stderr
 
 
+@pytest.mark.parametrize("mode", ["auto", "1"])
+def test_without_a_compiler(with_sources, mode):
+    result = build(with_sources, "wheel", mode, check=mode == "auto", CXX="/nonexistent")
+    if mode == "1":
+        assert result.returncode != 0
+        assert "cannot be built: there is no C++ compiler" in result.stderr
+    else:
+        assert "installing without the C++ extension: there is no C++ compiler" in result.stdout
+        assert not has_extension(with_sources.parent)
+
+
 def test_an_unknown_mode_fails(without_sources):
     result = build(without_sources, "wheel", "yes", check=False)
     assert result.returncode != 0
     assert "must be auto, 0 or 1, got 'yes'" in result.stderr
 
 
+@needs_compiler
 def test_sources_are_built(with_sources):
     build(with_sources, "wheel", "1")
     assert has_extension(with_sources.parent)
 
 
+@needs_compiler
 @pytest.mark.parametrize("mode", ["auto", "1"])
 def test_sources_that_do_not_compile(with_sources, mode):
     (with_sources / "csrc" / "probe.cpp").write_text("#error planted")

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.backends.debugging import boxed_nop
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
@@ -161,13 +163,39 @@ def test_compile_sees_merging(case):
 
 
 @pytest.mark.parametrize("how", ["argument", "context"])
-def test_compile_with_a_backend_by_name(how, backend):
+def test_compile_with_a_backend_by_name(how, backend_name):
     torch._dynamo.reset()
-    layer = fastlora.Linear(12, 8, backend=backend if how == "argument" else "auto", **OPTIONS)
+    argument, context = (backend_name if how == at else "auto" for at in ("argument", "context"))
+    layer = fastlora.Linear(12, 8, backend=argument, **OPTIONS)
     x = torch.randn(5, 12)
-    with fastlora.use_backend(backend if how == "context" else "auto"):
+    with fastlora.use_backend(context):
         compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
         assert_same(step(compiled, layer, x), step(layer, layer, x))
+
+
+@pytest.mark.parametrize("case", ["Linear", "MergedLinear"], indirect=True)
+def test_programs_run_on_the_chosen_backend(case, backend):
+    """Compiled and exported, for any batch: on "native" by the operators, else without them."""
+    layer, _, make_input = case
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return boxed_nop(graph, inputs)
+
+    compiled = torch.compile(layer, backend=aot_autograd(fw_compiler=keep), fullgraph=True)
+    batch = ({0: torch.export.Dim("batch", min=2, max=64)},)
+    program = torch.export.export(layer, (make_input(5),), dynamic_shapes=batch).module()
+    for n in (5, 7, 11):
+        x = make_input(n)
+        assert_same(step(compiled, layer, x), step(layer, layer, x))
+        assert torch.equal(*outputs(x, program, layer))
+    assert len(graphs) == 4, "a forward and a backward for 5 rows, and for any number"
+    for graph in (*graphs, program):
+        operators = {str(n.target) for n in graph.graph.nodes if "fastlora" in str(n.target)}
+        direction = "backward" if graph in graphs[1::2] else "forward"
+        expected = {f"fastlora.{direction}.default"} if backend == "native" else set()
+        assert operators == expected
 
 
 @pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])

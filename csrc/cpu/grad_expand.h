@@ -22,8 +22,8 @@ void grad_expand(const Matrix& dY, Packed S, int64_t r, Packed B, double c, Span
           if (span.g != g) continue;
           for (int64_t j = 0; j < span.width; j += kTileColumns) {
             const int64_t width = std::min(kTileColumns, span.width - j);
-            const auto dY_g =
-                load_tile<T>(dY, i, rows, span.column + j, width, Mask{}, {tile, kTileStride<C>});
+            const auto dY_g = load_tile<T>(Reads::columns, dY, i, rows, span.column + j, width,
+                                           Mask{}, {tile, kTileStride<C>});
             if (dS.data) {
               product<C>(rows, columns, width, {dY_g.data, dY_g.stride, 1},
                          static_cast<const C*>(B.data) + (span.row + j) * B.stride + slab, B.stride,

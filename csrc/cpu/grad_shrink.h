@@ -15,7 +15,8 @@ void grad_shrink(Packed dS, int64_t R, const Matrix& X, Mask mask, Packed dA, in
     const int64_t rows = std::min(kTileRows, end - i);
     for (int64_t k = 0; k < X.cols; k += kTileColumns) {
       const int64_t width = std::min(kTileColumns, X.cols - k);
-      const auto kept = load_tile<T>(X, i, rows, k, width, mask, {tile, kTileStride<C>});
+      const auto kept =
+          load_tile<T>(Reads::rows, X, i, rows, k, width, mask, {tile, kTileStride<C>});
       product<C>(R, width, rows, {static_cast<const C*>(dS.data) + i * dS.stride, 1, dS.stride},
                  kept.data, kept.stride, static_cast<C*>(dA.data) + k, dA.stride,
                  {i > begin, nullptr});

@@ -13,7 +13,8 @@ void shrink(const Matrix& X, Packed At, double c, uint32_t t, uint64_t seed, Mas
   alignas(64) C tile[kTileRows * kTileStride<C>], sum[kTileRows * kSlab];
   for (int64_t i = begin; i < end; i += kTileRows) {
     const int64_t rows = std::min(kTileRows, end - i);
-    for (int64_t slab = 0; slab < R; slab += kSlab) {
+    // once at least: where no block is adapted there is a mask still
+    for (int64_t slab = 0; slab == 0 || slab < R; slab += kSlab) {
       const int64_t columns = std::min(kSlab, R - slab);
       for (int64_t k = 0; k < X.cols; k += kTileColumns) {
         const int64_t width = std::min(kTileColumns, X.cols - k);
@@ -22,7 +23,8 @@ void shrink(const Matrix& X, Packed At, double c, uint32_t t, uint64_t seed, Mas
           for (int64_t row = i; row < i + rows; ++row)
             draw(seed, t, row * mask.row_bytes, first, bytes, X.cols, mask.row(row) + first);
         }
-        const auto kept = load_tile<T>(X, i, rows, k, width, mask, {tile, kTileStride<C>});
+        const auto kept =
+            load_tile<T>(Reads::columns, X, i, rows, k, width, mask, {tile, kTileStride<C>});
         product<C>(rows, columns, width, {kept.data, kept.stride, 1},
                    static_cast<const C*>(At.data) + k * At.stride + slab, At.stride, sum, kSlab,
                    {k > 0, nullptr});

@@ -201,11 +201,10 @@ def _fake_backward(
     need_dA: bool,
     need_dB: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    none = B.new_empty(0)
     return (
         _fake_grad_input(dY, W) if need_dX and W is not None else dY.new_empty(0),
-        A.new_empty(A.shape) if need_dA and A is not None else none,
-        B.new_empty(B.shape) if need_dB else none,
+        A.new_empty(A.shape) if need_dA and A is not None else B.new_empty(0),
+        B.new_empty(B.shape if need_dB else (0,)),
     )
 
 

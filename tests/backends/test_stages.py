@@ -1,4 +1,4 @@
-"""Every stage of the reference backend against its formula.
+"""Every stage of every backend against its formula.
 
 Operands are small integers and c a power of two, so that every sum is exact in any order and each
 comparison is for equality.
@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from fastlora import dropout
-from fastlora.backends import reference
+from fastlora.backends import native, reference
 from fastlora.blocks import Blocks
 
-SIZES = [(0, 5, 12), (1, 1, 12), (17, 40, 48)]
+# the last of them takes more than one tile of rows, of columns and of the ranks
+SIZES = [(0, 5, 12), (1, 1, 12), (17, 40, 48), (45, 136, 156)]
 THRESHOLDS = [dropout.threshold(p) for p in (0.0, 0.1, 0.5, 1.0)]
-RANKS = [1, 8]
+RANKS = [1, 8, 65]
 C = 0.5
 
 # splits in twelfths of N, adapted or not, interleave
@@ -26,11 +27,23 @@ LAYOUTS = {
     "none": ((6, 6), (False, False), 1),
 }
 
+# the reference one row at a time, a few, and all
+PATHS = {
+    "reference-1": (reference, 1),
+    "reference-100": (reference, 100),
+    "reference-all": (reference, 1 << 18),
+    "native": (native, None),
+}
 
-@pytest.fixture(params=[1, 100, 1 << 18], autouse=True)
-def block_elements(request, monkeypatch):
-    """One row at a time, a few, all."""
-    monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", request.param)
+
+@pytest.fixture(params=PATHS)
+def stages(request, monkeypatch):
+    module, block_elements = PATHS[request.param]
+    if reason := module.why_not():
+        pytest.skip(f"{module.name}: {reason}")
+    if block_elements:
+        monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", block_elements)
+    return module
 
 
 def integers(*shape, dtype=torch.float64):
@@ -80,9 +93,9 @@ def drawn(M, K, t):
 @pytest.mark.parametrize("t", THRESHOLDS)
 @pytest.mark.parametrize("R", [1, 16])
 @pytest.mark.parametrize(("M", "K", "N"), SIZES)
-def test_shrink(M, K, N, R, t):
+def test_shrink(stages, M, K, N, R, t):
     X, A = integers(M, K), integers(R, K)
-    S, mask = reference.shrink(X, A, C, t, torch.tensor([5]) if t else None)
+    S, mask = stages.shrink(X, A, C, t, torch.tensor([5]) if t else None)
     assert (mask is None) == (t == 0)
     if mask is not None:
         assert torch.equal(mask, drawn(M, K, t))
@@ -93,7 +106,7 @@ def test_shrink(M, K, N, R, t):
 @pytest.mark.parametrize("r", RANKS)
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(("M", "K", "N"), SIZES)
-def test_expand(M, K, N, name, r, bias):
+def test_expand(stages, M, K, N, name, r, bias):
     blocks, features = layout(name, N)
     X, W, S = integers(M, K), integers(N, K), integers(M, blocks.count * r)
     B = integers(blocks.adapted_features, r)
@@ -101,18 +114,18 @@ def test_expand(M, K, N, name, r, bias):
     expected = X @ W.t() + (b if bias else 0)
     for g, (block, rows) in enumerate(zip(features, rows_of(features), strict=True)):
         expected[:, block] += S[:, g * r : (g + 1) * r] @ B[rows].t()
-    assert torch.equal(reference.expand(X, W, b, S, B, blocks), expected)
+    assert torch.equal(stages.expand(X, W, b, S, B, blocks), expected)
 
 
 @pytest.mark.parametrize(("need_dS", "need_dB"), [(1, 1), (1, 0), (0, 1), (0, 0)])
 @pytest.mark.parametrize("r", RANKS)
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(("M", "K", "N"), SIZES)
-def test_grad_expand(M, K, N, name, r, need_dS, need_dB):
+def test_grad_expand(stages, M, K, N, name, r, need_dS, need_dB):
     blocks, features = layout(name, N)
     dY, B = integers(M, N), integers(blocks.adapted_features, r)
     S = integers(M, blocks.count * r) if need_dB else None
-    dS, dB = reference.grad_expand(dY, S, B, C, blocks, bool(need_dS), bool(need_dB))
+    dS, dB = stages.grad_expand(dY, S, B, C, blocks, bool(need_dS), bool(need_dB))
     assert (dS is not None, dB is not None) == (bool(need_dS), bool(need_dB))
     for g, (block, rows) in enumerate(zip(features, rows_of(features), strict=True)):
         of_g = slice(g * r, (g + 1) * r)
@@ -125,59 +138,59 @@ def test_grad_expand(M, K, N, name, r, need_dS, need_dB):
 @pytest.mark.parametrize("t", THRESHOLDS)
 @pytest.mark.parametrize("R", [1, 16])
 @pytest.mark.parametrize(("M", "K", "N"), SIZES)
-def test_grad_shrink(M, K, N, R, t):
+def test_grad_shrink(stages, M, K, N, R, t):
     dS, X, A, mask = integers(M, R), integers(M, K), integers(R, K), drawn(M, K, t)
-    assert torch.equal(reference.grad_shrink(dS, X, mask, A), dS.t() @ kept(mask, X))
+    assert torch.equal(stages.grad_shrink(dS, X, mask, A), dS.t() @ kept(mask, X))
 
 
 @pytest.mark.parametrize("t", THRESHOLDS)
 @pytest.mark.parametrize("R", [0, 1, 16])
 @pytest.mark.parametrize(("M", "K", "N"), SIZES)
-def test_grad_input(M, K, N, R, t):
+def test_grad_input(stages, M, K, N, R, t):
     """R = 0 stands for a layer without a gradient through its factors."""
     dY, W, A, mask = integers(M, N), integers(N, K), integers(R, K), drawn(M, K, t)
     dS = integers(M, R) if R else None
     through_factors = kept(mask, dS @ A) if R else 0
-    got = reference.grad_input(dY, W, dS, A, mask)
+    got = stages.grad_input(dY, W, dS, A, mask)
     assert torch.equal(got, dY @ W + through_factors)
 
 
 @pytest.mark.parametrize("r", RANKS)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_delta(name, r):
+def test_delta(stages, name, r):
     blocks, features = layout(name, 24)
     A, B = integers(blocks.count * r, 7), integers(blocks.adapted_features, r)
-    assert torch.equal(reference.delta(A, B, C, blocks), C * dense(A, B, features, 24, r))
+    assert torch.equal(stages.delta(A, B, C, blocks), C * dense(A, B, features, 24, r))
 
 
 @pytest.mark.parametrize("c", [0.25, torch.tensor(0.25), torch.tensor([0.25])])
-def test_c_is_a_number_or_a_tensor_of_one_element(c):
+def test_c_is_a_number_or_a_tensor_of_one_element(stages, c):
     X, A, B, blocks = integers(4, 6), integers(2, 6), integers(5, 2), Blocks.single(5)
-    assert torch.equal(reference.shrink(X, A, c, 0, None)[0], 0.25 * X @ A.t())
-    dS, _ = reference.grad_expand(integers(4, 5), None, B, c, blocks, True, False)
+    assert torch.equal(stages.shrink(X, A, c, 0, None)[0], 0.25 * X @ A.t())
+    dS, _ = stages.grad_expand(integers(4, 5), None, B, c, blocks, True, False)
     assert torch.equal(dS, 0.25 * integers(4, 5) @ B)
-    assert torch.equal(reference.delta(A, B, c, blocks), 0.25 * B @ A)
+    assert torch.equal(stages.delta(A, B, c, blocks), 0.25 * B @ A)
 
 
 @pytest.mark.parametrize("factor_dtype", [None, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtypes(dtype, factor_dtype):
+def test_dtypes(stages, dtype, factor_dtype):
     """X's for Y and dX, the factors' own for dA, dB and ΔW, fp32 for S and dS: all exact here."""
     factor_dtype = factor_dtype or dtype
     X, W, dY = (integers(*s, dtype=dtype).sign() for s in ((4, 9), (6, 9), (4, 6)))
     A, B = (integers(*s, dtype=factor_dtype).sign() for s in ((2, 9), (6, 2)))
     wide = [t.double() for t in (X, W, dY, A, B)]
     blocks = Blocks.single(6)
-    S, _ = reference.shrink(X, A, C, 0, None)
-    dS, dB = reference.grad_expand(dY, S, B, C, blocks, True, True)
+    S, _ = stages.shrink(X, A, C, 0, None)
+    dS, dB = stages.grad_expand(dY, S, B, C, blocks, True, True)
     results = {
-        "Y": (reference.expand(X, W, None, S, B, blocks), dtype),
+        "Y": (stages.expand(X, W, None, S, B, blocks), dtype),
         "S": (S, torch.float32),
         "dS": (dS, torch.float32),
         "dB": (dB, factor_dtype),
-        "dA": (reference.grad_shrink(dS, X, None, A), factor_dtype),
-        "dX": (reference.grad_input(dY, W, dS, A, None), dtype),
-        "delta": (reference.delta(A, B, C, blocks), factor_dtype),
+        "dA": (stages.grad_shrink(dS, X, None, A), factor_dtype),
+        "dX": (stages.grad_input(dY, W, dS, A, None), dtype),
+        "delta": (stages.delta(A, B, C, blocks), factor_dtype),
     }
     X, W, dY, A, B = wide
     S, dS = C * X @ A.t(), C * dY @ B
