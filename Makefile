@@ -26,7 +26,7 @@ needs   = $(VENV)/.fastlora-$(1)
 $(VENV)/.fastlora-%: pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
 	test -x $(py) || $(PYTHON) -m venv $(VENV)
 	$(pip) show -q torch 2>/dev/null || $(pip) install -qq "$(TORCH)"
-	$(pip) install -qq "setuptools>=77"
+	$(pip) install -qq "setuptools>=77" ninja
 	$(pip) install -qq --no-build-isolation -e ".[$*]"
 	@touch $@
 
@@ -57,6 +57,7 @@ test: $(call needs,test)
 lint: $(call needs,test)
 	$(py) -m ruff check .
 	$(py) -m ruff format --check .
+	$(if $(VENV),$(VENV)/bin/)clang-format --dry-run -Werror $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc')
 	$(py) -m mypy
 
 # the C++ kernels against plain loops, under AddressSanitizer and UndefinedBehaviorSanitizer: a
