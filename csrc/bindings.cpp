@@ -675,31 +675,6 @@ int64_t sum_bits(const Tensor& weight) {
 
 TORCH_LIBRARY(fastlora, m) {
   m.def(
-      "forward(Tensor X, Tensor W, Tensor? bias, Tensor A, Tensor B, float c, Tensor? scale, int "
-      "t, "
-      "Tensor? seed, int[] splits, bool[] enabled, int interleave) -> (Tensor Y, Tensor S, Tensor "
-      "mask)");
-  m.def(
-      "backward(Tensor dY, Tensor? X, Tensor? W, Tensor? A, Tensor B, Tensor? S, Tensor? mask, "
-      "float c, "
-      "Tensor? scale, int[] splits, bool[] enabled, int interleave, bool need_dX, bool need_dA, "
-      "bool need_dB) -> (Tensor dX, Tensor dA, Tensor dB)");
-  m.def(
-      "shrink(Tensor X, Tensor A, float c, Tensor? scale, int t, Tensor? seed) -> (Tensor S, "
-      "Tensor mask)");
-  m.def(
-      "expand(Tensor X, Tensor W, Tensor? bias, Tensor S, Tensor B, int[] splits, bool[] enabled, "
-      "int interleave) -> Tensor");
-  m.def(
-      "grad_expand(Tensor dY, Tensor? S, Tensor B, float c, Tensor? scale, int[] splits, bool[] "
-      "enabled, "
-      "int interleave, bool need_dS, bool need_dB) -> (Tensor dS, Tensor dB)");
-  m.def("grad_shrink(Tensor dS, Tensor X, Tensor? mask, Tensor A) -> Tensor");
-  m.def("grad_input(Tensor dY, Tensor W, Tensor? dS, Tensor A, Tensor? mask) -> Tensor");
-  m.def(
-      "delta(Tensor A, Tensor B, float scaling, Tensor? scale, int[] splits, bool[] enabled, "
-      "int interleave) -> Tensor");
-  m.def(
       "add_low_rank(Tensor base, Tensor left, Tensor right, Tensor row_scale, "
       "Tensor? column_scale) -> Tensor");
   m.def(

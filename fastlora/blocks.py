@@ -46,6 +46,21 @@ class Blocks:
         return cls((out_features,), (True,))
 
     @property
+    def pattern(self) -> tuple[tuple[tuple[int, int, int, int], ...], int, int]:
+        """What repeats along the output: its blocks, its width, and how often it does.
+
+        Of each block: offset and width in one repeat, first row of B, and which of the adapted
+        blocks it is (the last two -1 for one that is not adapted).
+        """
+        spans, offset, adapted = [], 0, iter(range(self.count))
+        rows = iter(row for _, _, row in self._spans)
+        for size, on in zip(self.splits, self.enabled, strict=True):
+            width = size // self.interleave
+            spans.append((offset, width, next(rows) if on else -1, next(adapted) if on else -1))
+            offset += width
+        return tuple(spans), offset, self.interleave
+
+    @property
     def _spans(self) -> tuple[tuple[int, int, int], ...]:
         """Of each adapted block: offset and width in one repeat of the pattern, first row of B."""
         spans, offset, row = [], 0, 0

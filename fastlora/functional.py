@@ -171,7 +171,7 @@ def block_lora_linear(
     c, t = dropout_factors(scaling, p, training)
     if t and seed is None:
         seed = dropout.draw_seed(x.device)
-    spec = autograd.LinearSpec(c, t, blocks, select(backend, x.device.type))
+    spec = autograd.LinearSpec(c, t, blocks, select(backend, x.device.type, dtype))
     X = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     with without_autocast(x.device):
         Y = autograd.LoRALinear.apply(X, weight, lora_A, lora_B, bias, seed, spec)

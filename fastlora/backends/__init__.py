@@ -4,15 +4,15 @@ Every backend has the same stages under the same names; ``reference`` holds thei
 A backend is a module of this folder.
 """
 
-import importlib
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 
-from fastlora.backends import native, reference
+from fastlora.backends import native, reference, triton
 from fastlora.blocks import Blocks
 
 NAMES = ("reference", "native", "triton")
@@ -26,10 +26,12 @@ class Backend(Protocol):
     Attributes:
         name: One of :data:`NAMES`.
         devices: Types of the devices it has kernels for; None: all that torch has.
+        dtypes: Those of x that it has kernels for; None: all that a layer takes.
     """
 
     name: str
     devices: tuple[str, ...] | None
+    dtypes: tuple[torch.dtype, ...] | None
 
     def why_not(self) -> str | None: ...
 
@@ -102,29 +104,35 @@ _requested = _Requested()
 
 def available() -> dict[str, str | None]:
     """Each backend's name with None where it is usable here, else the reason why it is not."""
-    return {name: _load(name)[1] for name in NAMES}
+    return {name: backend.why_not() for name, backend in _BACKENDS.items()}
 
 
-def select(name: str = "auto", device: str = "cpu") -> Backend:
+def select(name: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32) -> Backend:
     """The backend called ``name``; "auto": that of :func:`use_backend`, or the best usable one.
 
     Args:
         name: "auto" or a backend's name.
         device: Type of the device that the tensors are on.
+        dtype: That of x.
 
     Raises:
         ValueError: unknown name, or a backend that is not usable here or has no kernels for the
-            device.
+            device or the dtype.
     """
     if name == "auto":
         name = _requested.name
     if name == "auto":
-        name = "native" if device == "cpu" and native.why_not() is None else "reference"
+        name = _best(device, dtype)
     backend = _named(name)
     if backend.devices is not None and device not in backend.devices:
         raise ValueError(
             f"backend: {name!r} has no kernels for tensors on {device}, expected "
             f"{' or '.join(backend.devices)}"
+        )
+    if backend.dtypes is not None and dtype not in backend.dtypes:
+        raise ValueError(
+            f"backend: {name!r} has no kernels for {dtype}, expected "
+            f"{' or '.join(map(str, backend.dtypes))}"
         )
     return backend
 
@@ -145,21 +153,12 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.name = outer
 
 
-def _load(name: str) -> tuple[Backend | None, str | None]:
-    # not through importlib, which torch.compile cannot trace
-    if name == "reference":
-        return reference_backend, None
-    if name == "native":
-        reason = native.why_not()
-        return (native_backend if reason is None else None), reason
-    try:
-        backend = cast(Backend, importlib.import_module(f"fastlora.backends.{name}"))
-    except ModuleNotFoundError as error:
-        if error.name == f"fastlora.backends.{name}":
-            return None, "not part of this version of fastlora"
-        return None, f"needs the package {error.name!r}, which is not installed"
-    reason = backend.why_not()
-    return (backend if reason is None else None), reason
+def _best(device: str, dtype: torch.dtype) -> str:
+    if device == "cpu" and native.why_not() is None:
+        return "native"
+    if device == "cuda" and dtype in triton.dtypes and triton.why_not() is None:
+        return "triton"
+    return "reference"
 
 
 def check_name(name: str) -> None:
@@ -170,11 +169,14 @@ def check_name(name: str) -> None:
 
 def _named(name: str) -> Backend:
     check_name(name)
-    backend, reason = _load(name)
-    if backend is None:
+    backend = _BACKENDS[name]
+    if (reason := backend.why_not()) is not None:
         raise ValueError(f"backend: {name!r} is not usable here: {reason}")
     return backend
 
 
-reference_backend = cast(Backend, reference)
-native_backend = cast(Backend, native)
+_BACKENDS = {
+    "reference": cast(Backend, reference),
+    "native": cast(Backend, native),
+    "triton": cast(Backend, triton),
+}

@@ -18,6 +18,7 @@ from fastlora.blocks import Blocks
 
 name = "reference"
 devices = None
+dtypes = None
 
 # elements of a row block, 2 MiB in fp32: on a 2-core AVX-512 Xeon smaller ones measured slower,
 # larger ones no faster; a GPU, where a block costs launches, takes larger ones

@@ -1,0 +1,199 @@
+"""The stages in Triton, for CUDA and ROCm tensors: each operand is read once.
+
+The kernels are those of ``fastlora.kernels``, which is imported at the first call. With
+``TRITON_INTERPRET=1`` set before that, Triton runs them on CPU tensors, for tests.
+"""
+
+import os
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastlora.backends.operators import Operators, define
+from fastlora.blocks import Blocks
+
+if TYPE_CHECKING:
+    from fastlora.kernels.layout import Layout
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+name = "triton"
+devices = ("cuda", "cpu") if _interpreted() else ("cuda",)
+dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def why_not() -> str | None:
+    """None where Triton is installed and there is a GPU, else what is missing."""
+    if find_spec("triton") is None:
+        return "needs the package 'triton', which is not installed"
+    if not (torch.cuda.is_available() or _interpreted()):
+        return "there is no CUDA or ROCm device"
+    return None
+
+
+def description() -> str:
+    """Where it runs the kernels, and where their tile sizes come from."""
+    from fastlora.kernels import configs, launch
+
+    if not torch.cuda.is_available():
+        return "Triton's interpreter"
+    architecture = launch.architecture(torch.device("cuda", torch.cuda.current_device()))
+    return f"{architecture}, tiles: {configs.table(architecture).origin}"
+
+
+def _forward(
+    X: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    c: float,
+    scale: Tensor | None,
+    t: int,
+    seed: Tensor | None,
+    splits: list[int],
+    enabled: list[bool],
+    interleave: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    S, mask = _shrink(X, A, c, scale, t, seed)
+    return _expand(X, W, bias, S, B, splits, enabled, interleave), S, mask
+
+
+def _backward(
+    dY: Tensor,
+    X: Tensor | None,
+    W: Tensor | None,
+    A: Tensor | None,
+    B: Tensor,
+    S: Tensor | None,
+    mask: Tensor | None,
+    c: float,
+    scale: Tensor | None,
+    splits: list[int],
+    enabled: list[bool],
+    interleave: int,
+    need_dX: bool,
+    need_dA: bool,
+    need_dB: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dS, dB = _grad_expand(
+        dY, S, B, c, scale, splits, enabled, interleave, need_dX or need_dA, need_dB
+    )
+    dX = dA = dY.new_empty(0)
+    if need_dA and X is not None and A is not None:
+        dA = _grad_shrink(dS, X, mask, A)
+    if need_dX and W is not None and A is not None:
+        dX = _grad_input(dY, W, dS, A, mask)
+    return dX, dA, dB
+
+
+def _shrink(
+    X: Tensor, A: Tensor, c: float, scale: Tensor | None, t: int, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    from fastlora.kernels.shrink import shrink
+
+    return shrink(X, A, c, _float32(scale), t, seed)
+
+
+def _expand(
+    X: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    S: Tensor,
+    B: Tensor,
+    splits: list[int],
+    enabled: list[bool],
+    interleave: int,
+) -> Tensor:
+    from fastlora.kernels.expand import expand
+
+    return expand(X, W, bias, S, B, _layout(tuple(splits), tuple(enabled), interleave))
+
+
+def _grad_expand(
+    dY: Tensor,
+    S: Tensor | None,
+    B: Tensor,
+    c: float,
+    scale: Tensor | None,
+    splits: list[int],
+    enabled: list[bool],
+    interleave: int,
+    need_dS: bool,
+    need_dB: bool,
+) -> tuple[Tensor, Tensor]:
+    from fastlora.kernels.grad_expand import grad_expand
+
+    layout = _layout(tuple(splits), tuple(enabled), interleave)
+    dS, dB = grad_expand(dY, S, B, c, _float32(scale), layout, need_dS, need_dB)
+    empty = B.new_empty(0)
+    return empty if dS is None else dS, empty if dB is None else dB
+
+
+def _grad_shrink(dS: Tensor, X: Tensor, mask: Tensor | None, A: Tensor) -> Tensor:
+    from fastlora.kernels.grad_shrink import grad_shrink
+
+    return grad_shrink(dS, X, mask, A)
+
+
+def _grad_input(dY: Tensor, W: Tensor, dS: Tensor | None, A: Tensor, mask: Tensor | None) -> Tensor:
+    from fastlora.kernels.grad_input import grad_input
+
+    return grad_input(dY, W, dS, A, mask)
+
+
+def _delta(
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    scale: Tensor | None,
+    splits: list[int],
+    enabled: list[bool],
+    interleave: int,
+) -> Tensor:
+    from fastlora.kernels.delta import delta
+
+    return delta(A, B, scaling, _float32(scale), _layout(tuple(splits), tuple(enabled), interleave))
+
+
+def _float32(scale: Tensor | None) -> Tensor | None:
+    return None if scale is None else scale.to(torch.float32)
+
+
+@lru_cache
+def _layout(splits: tuple[int, ...], enabled: tuple[bool, ...], interleave: int) -> "Layout":
+    """The layout of an output as the kernels take it."""
+    from fastlora.kernels.layout import Layout
+
+    return Layout(*Blocks(splits, enabled, interleave).pattern)
+
+
+_library = define("fastlora_triton")
+for _stage in (
+    _forward,
+    _backward,
+    _shrink,
+    _expand,
+    _grad_expand,
+    _grad_shrink,
+    _grad_input,
+    _delta,
+):
+    for _key in ("CUDA", "CPU"):
+        _library.impl(_stage.__name__.removeprefix("_"), _stage, _key)
+
+_operators = Operators("fastlora_triton")
+forward = _operators.forward
+backward = _operators.backward
+shrink = _operators.shrink
+expand = _operators.expand
+grad_expand = _operators.grad_expand
+grad_shrink = _operators.grad_shrink
+grad_input = _operators.grad_input
+delta = _operators.delta
