@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastlora import backends
-from fastlora.backends import native_merge, reference_merge
+from fastlora.backends import native_merge, reference_merge, triton_merge
 
 _BLOCK_ELEMENTS = 1 << 18
 
@@ -207,10 +207,12 @@ def _may_overflow(
     return False
 
 
+_MODULES = {"reference": reference_merge, "native": native_merge, "triton": triton_merge}
+
+
 def _kernels(weight: Tensor) -> ModuleType:
     """The module of what is done to a block of ``weight``."""
-    native = backends.select(device=weight.device.type).name == "native"
-    return native_merge if native else reference_merge
+    return _MODULES[backends.select("auto", weight.device.type, weight.dtype).name]
 
 
 def _checksum(block: Tensor) -> int:

@@ -22,7 +22,7 @@ def launch(
         grid: Programs along each axis.
         device: That of all tensors.
         args: Its arguments, in order.
-        meta: Its constants, ``num_warps`` and ``num_stages``.
+        meta: Its constants, and the compiler's options.
     """
     if 0 not in grid:
         _start(kernel, grid, device, args, meta)
@@ -53,5 +53,5 @@ def _start(
     # Triton takes the current device, whatever the tensors are on
     elsewhere = device.type != "cpu" and device.index != torch.cuda.current_device()
     with torch.cuda.device(device) if elsewhere else nullcontext():
-        # contraction by name: the compiler's default for it differs between versions
-        kernel[grid](*args, **meta, enable_fp_fusion=True)
+        # the compiler's default for contracting a product and a sum differs between versions
+        kernel[grid](*args, **{"enable_fp_fusion": True, **meta})

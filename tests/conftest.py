@@ -1,12 +1,24 @@
 """What tests of every backend share."""
 
+import os
+from importlib.util import find_spec
+
 import pytest
+import torch
+
+# without a GPU, Triton's kernels run in its interpreter, guarded: set before any import of it
+if find_spec("triton") and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+    from .kernels.interpreter import install
+
+    install()
 
 import fastlora
 from fastlora import backends
 
 
-@pytest.fixture(params=["reference", "native"])
+@pytest.fixture(params=["reference", "native", "triton"])
 def backend_name(request):
     """Each of the backends for CPU tensors."""
     if reason := backends.available()[request.param]:

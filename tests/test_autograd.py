@@ -25,6 +25,14 @@ LAYOUTS = {
 }
 
 
+@pytest.fixture(params=["reference", "native"])
+def backend_name(request):
+    """The backends that compute in float64, as most tests here do."""
+    if reason := backends.available()[request.param]:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
 each_backend = pytest.mark.usefixtures("backend")
 needs_native = pytest.mark.skipif(bool(native.why_not()), reason=f"native: {native.why_not()}")
 
@@ -239,7 +247,7 @@ class Counting:
 
 def test_a_layer_runs_on_the_backend_that_was_chosen(backend, monkeypatch):
     counting = Counting(backends.select())
-    monkeypatch.setattr(backends, f"{backend}_backend", counting)
+    monkeypatch.setitem(backends._BACKENDS, backend, counting)
     layer = fastlora.Linear(5, 6, r=2)
     layer(torch.randn(3, 5)).sum().backward()
     assert counting.calls["forward"] == counting.calls["backward"] == 1

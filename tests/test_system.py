@@ -175,7 +175,7 @@ def test_compile_with_a_backend_by_name(how, backend_name):
 
 @pytest.mark.parametrize("case", ["Linear", "MergedLinear"], indirect=True)
 def test_programs_run_on_the_chosen_backend(case, backend):
-    """Compiled and exported, for any batch: on "native" by the operators, else without them."""
+    """Compiled and exported, for any batch: by the backend's operators, where it has any."""
     layer, _, make_input = case
     graphs = []
 
@@ -194,7 +194,8 @@ def test_programs_run_on_the_chosen_backend(case, backend):
     for graph in (*graphs, program):
         operators = {str(n.target) for n in graph.graph.nodes if "fastlora" in str(n.target)}
         direction = "backward" if graph in graphs[1::2] else "forward"
-        expected = {f"fastlora.{direction}.default"} if backend == "native" else set()
+        namespace = {"native": "fastlora", "triton": "fastlora_triton"}.get(backend)
+        expected = {f"{namespace}.{direction}.default"} if namespace else set()
         assert operators == expected
 
 

@@ -5,7 +5,8 @@ stages are methods of :class:`Operators`, with the signatures of
 :mod:`fastlora.backends.reference`, which documents them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -221,7 +222,7 @@ def _fake_delta(
     return B.new_empty(sum(splits), A.shape[1])
 
 
-_FAKES = {
+_FAKES: dict[str, Callable[..., Any]] = {
     "forward": _fake_forward,
     "backward": _fake_backward,
     "shrink": _fake_shrink,

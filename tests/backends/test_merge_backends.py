@@ -12,20 +12,29 @@ import torch
 
 import fastlora
 from fastlora import backends, merge
-from fastlora.backends import native_merge, reference_merge
+from fastlora.backends import native_merge, reference_merge, triton_merge
 from fastlora.backends.reference_merge import BITS_OF, flip_negative
 from fastlora.merge import Term
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-NO_NATIVE = backends.available()["native"]
+NO_NATIVE, NO_TRITON = (backends.available()[name] for name in ("native", "triton"))
 
 needs_native = pytest.mark.skipif(bool(NO_NATIVE), reason=f"native: {NO_NATIVE}")
+needs_triton = pytest.mark.skipif(bool(NO_TRITON), reason=f"triton: {NO_TRITON}")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_kernels = pytest.mark.parametrize(
     "kernels",
     [
         pytest.param(reference_merge, id="reference"),
         pytest.param(native_merge, id="native", marks=needs_native),
+    ],
+)
+# the others beside the reference, and how large a rank their kernels are tried with here
+each_other = pytest.mark.parametrize(
+    ("kernels", "most"),
+    [
+        pytest.param(native_merge, 64, id="native", marks=needs_native),
+        pytest.param(triton_merge, 3, id="triton", marks=needs_triton),
     ],
 )
 
@@ -60,8 +69,15 @@ def views(n, k, dtype):
 # ---- the steps ----------------------------------------------------------------------------------
 
 
-@each_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "kernels",
+    [
+        pytest.param(reference_merge, id="reference"),
+        pytest.param(native_merge, id="native", marks=needs_native),
+        pytest.param(triton_merge, id="triton", marks=needs_triton),
+    ],
+)
 def test_every_16_bit_number_is_rounded_to_once(kernels, dtype):
     order = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     number = flip_negative(order).view(dtype).double()
@@ -72,6 +88,11 @@ def test_every_16_bit_number_is_rounded_to_once(kernels, dtype):
     above = torch.cat([number, number.new_tensor([beyond])])
     middle = (below + above) / 2
     even = torch.where(bits(below.to(dtype)) & 1 == 0, below, above)
+    if kernels is triton_merge:
+        # as many as the interpreter has the time for, among them the last
+        middle, below, above, even = (
+            t[len(t) % 17 - 1 :: 17] for t in (middle, below, above, even)
+        )
     for value, expected in [
         (middle, even),
         (middle.nextafter(above), above),
@@ -79,17 +100,17 @@ def test_every_16_bit_number_is_rounded_to_once(kernels, dtype):
         (above, above),
     ]:
         expected = torch.where(expected.abs() < beyond, expected, expected * math.inf)
-        base, one = torch.zeros(len(value), 1, dtype=dtype), torch.ones(1, 1).double()
-        rounded = kernels.add_low_rank(
-            base, value[:, None], one, torch.ones_like(value)[:, None], None
-        )
+        base, one = torch.zeros(1, len(value), dtype=dtype), torch.ones(1, 1).double()
+        rounded = kernels.add_low_rank(base, one, value[None], one, None)
         assert torch.equal(rounded.double().flatten(), expected)
 
 
-@needs_native
 @each_dtype
 @pytest.mark.parametrize("r", [1, 3, 64])
-def test_sums_that_are_exact_are_the_same(r, dtype):
+@each_other
+def test_sums_that_are_exact_are_the_same(kernels, most, r, dtype):
+    if r > most:
+        pytest.skip("takes the interpreter too long")
     torch.manual_seed(r)
     for n, k in [(1, 1), (1, 40), (37, 1), (33, 130), (70, 64)]:
         left = torch.randint(-(2**20), 2**20, (n, r)).double()
@@ -100,8 +121,8 @@ def test_sums_that_are_exact_are_the_same(r, dtype):
             base.copy_(any_bits((n, k), dtype))
             for scale in (column_scale, None):
                 expected, got = (
-                    kernels.add_low_rank(base, left, right, row_scale, scale)
-                    for kernels in (reference_merge, native_merge)
+                    of.add_low_rank(base, left, right, row_scale, scale)
+                    for of in (reference_merge, kernels)
                 )
                 is_nan = expected.isnan()
                 assert torch.equal(got.isnan(), is_nan), name
@@ -271,6 +292,23 @@ def test_either_backend_switches_what_the_other_merged(first, second, dtype):
     with fastlora.use_backend(first):
         record.unmerge([new])
     assert same(weight, before)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("first", "second"), [("triton", "reference"), ("reference", "triton")])
+def test_triton_unmerges_what_the_reference_merged_and_back(first, second, dtype):
+    torch.manual_seed(0)
+    for n, k in [(1, 75), (45, 67)]:
+        for kind, values in weights(n, k, dtype):
+            weight = values.clone()
+            term = Term(weight, torch.randn(n, 3) * 0.1, torch.randn(3, k) * 0.1)
+            with fastlora.use_backend(first):
+                record = merge.merge([term], -0.7)
+            assert kind == "any bits" or not same(weight, values)
+            with fastlora.use_backend(second):
+                record.unmerge([term])
+            assert same(weight, values), (n, k, kind)
 
 
 @needs_native

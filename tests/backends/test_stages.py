@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastlora import dropout
-from fastlora.backends import native, reference
+from fastlora.backends import native, reference, triton
 from fastlora.blocks import Blocks
 
 # the last of them takes more than one tile of rows, of columns and of the ranks
@@ -27,28 +27,34 @@ LAYOUTS = {
     "none": ((6, 6), (False, False), 1),
 }
 
-# the reference one row at a time, a few, and all
+# the reference one row at a time, a few, and all; and the widest dtype of each
 PATHS = {
-    "reference-1": (reference, 1),
-    "reference-100": (reference, 100),
-    "reference-all": (reference, 1 << 18),
-    "native": (native, None),
+    "reference-1": (reference, 1, torch.float64),
+    "reference-100": (reference, 100, torch.float64),
+    "reference-all": (reference, 1 << 18, torch.float64),
+    "native": (native, None, torch.float64),
+    "triton": (triton, None, torch.float32),
 }
 
 
 @pytest.fixture(params=PATHS)
 def stages(request, monkeypatch):
-    module, block_elements = PATHS[request.param]
+    module, block_elements, dtype = PATHS[request.param]
     if reason := module.why_not():
         pytest.skip(f"{module.name}: {reason}")
+    # of what is drawn without a dtype
+    monkeypatch.setitem(WIDEST, "dtype", dtype)
     if block_elements:
         monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", block_elements)
     return module
 
 
-def integers(*shape, dtype=torch.float64):
+WIDEST = {"dtype": torch.float64}
+
+
+def integers(*shape, dtype=None):
     generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randint(-4, 5, shape, generator=generator).to(dtype)
+    return torch.randint(-4, 5, shape, generator=generator).to(dtype or WIDEST["dtype"])
 
 
 def layout(name, N):

@@ -1,0 +1,133 @@
+"""The Triton backend in the interpreter: what the tests of every backend ask, at fewer shapes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastlora
+from fastlora import dropout, testing
+from fastlora.backends import triton
+from fastlora.blocks import Blocks
+
+pytestmark = pytest.mark.skipif(bool(triton.why_not()), reason=f"triton: {triton.why_not()}")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+DTYPES = {
+    "fp32": (torch.float32, None),
+    "bf16": (torch.bfloat16, None),
+    "fp16": (torch.float16, None),
+    "bf16 under fp32": (torch.bfloat16, torch.float32),
+    "fp16 under fp32": (torch.float16, torch.float32),
+}
+THIRDS = Blocks((28, 28, 28), (True, False, True))
+UNEVEN = Blocks((60, 30, 15), (True, True, True))
+BY_HEAD = Blocks((48, 24, 24), (True, False, True), 3)
+# M, K, N, r, p, bias, blocks
+CASES = [
+    (63, 90, 84, 3, 0.5, True, THIRDS),
+    (50, 75, 105, 16, 0.1, False, UNEVEN),
+    (40, 33, 96, 8, 0.1, True, BY_HEAD),
+    (70, 64, 50, 65, 0.0, True, None),
+    (33, 40, 36, 1, 1.0, False, None),
+]
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c[:5])))
+def test_no_less_accurate_than_the_composition(case, dtypes):
+    M, K, N, r, p, bias, blocks = case
+    dtype, factor_dtype = DTYPES[dtypes]
+    inputs = testing.make_inputs(
+        *(M, K, N, r),
+        p=p,
+        bias=bias,
+        blocks=blocks,
+        dtype=dtype,
+        factor_dtype=factor_dtype,
+        device=DEVICE,
+    )
+    got = testing.fused(inputs, "triton")
+    testing.assert_no_worse(got, testing.composition(inputs), testing.truth(inputs))
+    again = testing.fused(inputs, "triton")
+    assert all(torch.equal(again[name], t) for name, t in got.items()), "two runs differ"
+    if blocks is THIRDS:
+        plain = F.linear(inputs.x, inputs.weight, inputs.bias)
+        assert torch.equal(got["y"][:, 28:56], plain[:, 28:56])
+
+
+@pytest.mark.parametrize("M", [0, 1, 17])
+@pytest.mark.parametrize("strides", ["transposed", "every other", "expanded"])
+def test_any_rows_and_strides(strides, M):
+    def strided(m, n):
+        # small integers, so that every sum is exact
+        t = torch.randint(-2, 3, (m, 2 * n), device=DEVICE).float()
+        if strides == "transposed":
+            return t[:, :n].t().contiguous().t()
+        return t[:, ::2] if strides == "every other" else t[:, :1].expand(m, n)
+
+    x, W, A, B = (strided(*shape) for shape in ((M, 40), (24, 40), (3, 40), (24, 3)))
+    leaves = [t.requires_grad_() for t in (x, A, B)]
+    seed = torch.tensor([5], device=DEVICE)
+    results = {}
+    for backend in ("triton", "reference"):
+        y = fastlora.functional.lora_linear(
+            x, W, A, B, scaling=0.5, p=0.5, seed=seed, backend=backend
+        )
+        results[backend] = (y, *torch.autograd.grad(y.sum(), leaves))
+    for got, expected in zip(*results.values(), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("t", [1, 6554, 32768, 65535, 65536])
+@pytest.mark.parametrize("K", [1, 31, 32, 77])
+def test_the_mask_is_that_of_every_backend(K, t):
+    seed = torch.tensor([-(2**62) + 12345], device=DEVICE)
+    X = torch.ones(19, K, device=DEVICE)
+    _, mask = triton.shrink(X, torch.ones(1, K, device=DEVICE), 1.0, t, seed)
+    assert torch.equal(mask, dropout.draw_mask(seed, 19, K, t))
+
+
+def test_offsets_beyond_32_bits():
+    """Rows so far apart that a 32-bit offset would wrap; only the touched pages are there."""
+    x = torch.empty(3 * 2**30 + 64, dtype=torch.bfloat16, device=DEVICE)
+    x = x.as_strided((4, 64), (2**30, 1)).copy_(torch.randn(4, 64))
+    A = torch.randn(2, 64, device=DEVICE).bfloat16()
+    S, _ = triton.shrink(x, A, 1.0, 0, None)
+    torch.testing.assert_close(S, x.float() @ A.float().t(), rtol=1e-3, atol=1e-3)
+
+
+def test_the_fused_products_are_right():
+    from fastlora.kernels.expand import expand_fused
+    from fastlora.kernels.grad_input import grad_input_fused
+    from fastlora.kernels.layout import Layout
+
+    def integers(*shape):
+        return torch.randint(-3, 4, shape, device=DEVICE).float()
+
+    for M, K, N, r in [(35, 44, 52, 3), (20, 33, 40, 17)]:
+        X, W, S, B = integers(M, K), integers(N, K), integers(M, r), integers(N, r)
+        dS, A = integers(M, r), integers(r, K)
+        dY, bias = integers(M, N), integers(N)
+        Y = expand_fused(X, W, bias, S, B, Layout(((0, N, 0, 0),), N))
+        assert torch.equal(Y, X @ W.t() + bias + S @ B.t())
+        mask = dropout.draw_mask(torch.tensor([5], device=DEVICE), M, K, 16384)
+        dX = grad_input_fused(dY, W, dS, A, mask)
+        assert torch.equal(dX, dY @ W + dropout.keep(dS @ A, mask))
+
+
+def test_float64_is_refused_by_name():
+    x = torch.zeros(2, 4, dtype=torch.float64, device=DEVICE)
+    W, A, B = (torch.zeros(s, dtype=torch.float64, device=DEVICE) for s in ((3, 4), (1, 4), (3, 1)))
+    with pytest.raises(ValueError, match="'triton' has no kernels for"):
+        fastlora.functional.lora_linear(x, W, A, B, scaling=1.0, backend="triton")
+
+
+def test_operators_pass_opcheck():
+    X, W, A, B = (torch.randn(s, device=DEVICE) for s in ((5, 12), (8, 12), (2, 12), (8, 2)))
+    seed, layout = torch.tensor([3], device=DEVICE), ([8], [True], 1)
+    ops = torch.ops.fastlora_triton
+    arguments = (X, W, None, A, B, 1.0, None, 6554, seed, *layout)
+    torch.library.opcheck(ops.forward.default, arguments)
+    Y, S, mask = ops.forward(*arguments)
+    backward = (Y, X, W, A, B, S, mask, 1.0, None, *layout, True, True, True)
+    torch.library.opcheck(ops.backward.default, backward)
