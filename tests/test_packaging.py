@@ -93,8 +93,9 @@ def test_wheel_holds_every_module_and_nothing_else(built):
         for package, folder in FOLDERS.items()
         for path in folder.rglob("*.py")
     }
+    tables = {f"fastlora/kernels/tables/{path.name}" for path in ROOT.glob("kernels/tables/*.json")}
     packed = {name for name in wheel_names(built) if ".dist-info/" not in name}
-    assert packed == modules | {"fastlora/py.typed"}
+    assert tables and packed == modules | tables | {"fastlora/py.typed"}
 
 
 def test_wheel_imports_from_another_folder(built, tmp_path):

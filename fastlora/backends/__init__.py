@@ -122,7 +122,7 @@ def select(name: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.f
     if name == "auto":
         name = _requested.name
     if name == "auto":
-        name = _best(device, dtype)
+        name = _best(device)
     backend = _named(name)
     if backend.devices is not None and device not in backend.devices:
         raise ValueError(
@@ -153,11 +153,10 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.name = outer
 
 
-def _best(device: str, dtype: torch.dtype) -> str:
+def _best(device: str) -> str:
+    # not "triton" on a GPU, where it has not run yet: it is chosen by name
     if device == "cpu" and native.why_not() is None:
         return "native"
-    if device == "cuda" and dtype in triton.dtypes and triton.why_not() is None:
-        return "triton"
     return "reference"
 
 

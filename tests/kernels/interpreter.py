@@ -10,7 +10,7 @@ mask hid, skips assertions, rounds no operand to tf32 and runs programs in order
 - a dot refuses what a GPU's compiler refuses, and rounds fp32 to tf32 where it is told to;
 - the programs of a launch run in a shuffled order, and none may touch what another has written.
 
-Each failure is raised as it is, not wrapped in Triton's InterpreterError, and names the program.
+Errors are raised as they are, not wrapped in Triton's InterpreterError; checks name the program.
 """
 
 import contextlib
