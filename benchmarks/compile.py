@@ -1,7 +1,8 @@
 """Compiles every Triton kernel without a GPU, and says what each asks of one.
 
-``python -m benchmarks.compile [--full] [--out FILE]``: registers, spills, shared memory and the
-instructions that matter, for each architecture, dtype, rank and stage.
+``python -m benchmarks.compile [--full] [--out FILE]``: registers, local and shared memory and the
+instructions that matter, for each architecture, stage, dtype, rank and shape. Without ``--full``,
+one case for each row of each table, and more of what is most used.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -23,60 +25,103 @@ from unittest import mock
 
 import torch
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
-# the most shared memory a program can have, from each vendor's manual: the compiler does not ask
-SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
-DTYPES = {
-    "bf16": (torch.bfloat16, torch.bfloat16),
-    "fp16": (torch.float16, torch.float16),
-    "fp32": (torch.float32, torch.float32),
-    "bf16 under fp32": (torch.bfloat16, torch.float32),
-    "fp16 under fp32": (torch.float16, torch.float32),
-}
-RANKS = (8, 16, 64, 256)
-COUNTED = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "LDGSTS", "LDL", "STL")
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
     "sm_90": ("cuda", 90, 32),
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
+# the most shared memory a program can have, from each vendor's manual: the compiler does not ask
+SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+# columns of the memory that sm_100 keeps accumulators in
+TENSOR_LIMIT = 512
+DTYPES = {
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "fp16": (torch.float16, torch.float16),
+    "fp32": (torch.float32, torch.float32),
+    "fp32 as tf32": (torch.float32, torch.float32),
+    "bf16 under fp32": (torch.bfloat16, torch.float32),
+    "fp16 under fp32": (torch.float16, torch.float32),
+}
+KINDS = {"16": "bf16", "mixed": "bf16 under fp32", "32": "fp32"}
+# each way a kernel is specialised: for 1, for multiples of 16 and for others, on each tile of ranks
+RANKS = (1, 8, 16, 24, 32, 40, 64, 100, 256)
+SHAPES = ("even", "odd", "grouped", "interleaved", "few rows", "some rows")
+COUNTED = ("HGMMA", "HMMA", "UTCHMMA", "UTMALDG", "LDGSTS", "LDL", "STL")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One launch to compile: a stage at a shape."""
+    """One launch to compile: a stage at a rank, dtype and shape."""
 
     stage: str
     architecture: str
     dtype: str
     r: int
-    layout: str = "single"
-    aligned: bool = True
+    shape: str = "even"
+
+    def __str__(self) -> str:
+        shape = "" if self.shape == "even" else self.shape
+        return f"{self.architecture:7} {self.stage:21} {self.dtype:16} r={self.r:<4}{shape:12}"
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel asks for; registers are a thread's."""
+    """What one compiled kernel asks for; registers and local memory (bytes) are a thread's."""
 
     kernel: str
-    shared: int
+    launch: dict[str, int]
     registers: int
-    spilled: int
+    local: int
+    shared: int
+    tensor: int
     scratch: int
     instructions: dict[str, int]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.registers:4} registers, {self.local:4} B local, {self.shared:7,} B shared, "
+            + ", ".join(f"{count} {name}" for name, count in self.instructions.items())
+        )
 
 
 def cases(full: bool) -> Iterator[Case]:
     """What is compiled: all of it, or what CI has the time for."""
-    for architecture in ARCHITECTURES:
-        for dtype in DTYPES if full or architecture == "sm_90" else ("bf16", "fp32"):
-            for stage in STAGES:
-                for r in RANKS if full else (16, 64):
-                    yield Case(stage, architecture, dtype, r)
-                if full:
-                    yield Case(stage, architecture, dtype, 3, aligned=False)
-                    yield Case(stage, architecture, dtype, 16, layout="grouped")
+    from fastlora.kernels import configs
+
+    if full:
+        for architecture in TARGETS:
+            for dtype in DTYPES:
+                for stage in STAGES:
+                    for shape in SHAPES:
+                        for r in RANKS if shape == "even" else (1, 8, 64):
+                            if _differs(stage, shape):
+                                yield Case(stage, architecture, dtype, r, shape)
+        return
+    chosen = {}
+    for architecture in TARGETS:
+        for stage, rows in configs.table(architecture).rows.items():
+            for kind, most, best in rows:
+                r = min(most or best.most_ranks, best.most_ranks)
+                chosen[Case(stage, architecture, KINDS[kind], r)] = None
+    for stage in STAGES:
+        chosen[Case(stage, "sm_90", "bf16", 16)] = None
+        if "p=0" not in stage:
+            for shape in SHAPES[1:]:
+                if _differs(stage, shape):
+                    chosen[Case(stage, "sm_90", "bf16", 8, shape)] = None
+        if stage.endswith("fused"):
+            chosen[Case(stage, "sm_90", "fp16", 16)] = None
+    yield from chosen
+
+
+def _differs(stage: str, shape: str) -> bool:
+    """Whether a kernel can be another than at an even shape."""
+    if "rows" in shape:
+        return stage.startswith("shrink")
+    if shape in ("grouped", "interleaved"):
+        return stage in ("expand", "grad_expand", "delta", "expand_fused")
+    return True
 
 
 def compile_all(wanted: list[Case], jobs: int) -> Iterator[tuple[Case, list[Resources] | str]]:
@@ -87,15 +132,17 @@ def compile_all(wanted: list[Case], jobs: int) -> Iterator[tuple[Case, list[Reso
 
 def compile_case(case: Case) -> list[Resources] | str:
     """The kernels of one case, or why they do not compile."""
-    compiled: list[Any] = []
+    compiled: list[Resources] = []
 
     def compile_instead(
         kernel: Any, grid: object, device: object, args: tuple[Any, ...], meta: dict[str, Any]
     ) -> None:
-        compiled.append(kernel.warmup(*args, grid=grid, **meta, enable_fp_fusion=True))
+        made = kernel.warmup(*args, grid=grid, **meta, enable_fp_fusion=True)
+        compiled.append(_resources(made, meta, case.architecture))
 
     from fastlora.kernels import launch
 
+    precision = "high" if "tf32" in case.dtype else "highest"
     _pretend(case.architecture)
     launch.architecture.cache_clear()
     output = StringIO()
@@ -103,17 +150,16 @@ def compile_case(case: Case) -> list[Resources] | str:
         with (
             mock.patch.object(launch, "_start", compile_instead),
             mock.patch.object(launch, "_architecture", lambda device: case.architecture),
-            mock.patch.object(
-                torch.version, "hip", "1" if case.architecture.startswith("gfx") else None
-            ),
+            mock.patch.object(torch.version, "hip", case.architecture[:3] == "gfx" or None),
+            mock.patch.object(torch, "get_float32_matmul_precision", lambda: precision),
             # a failing assembler prints its whole input
             redirect_stdout(output),
         ):
             STAGES[case.stage](Operands(case))
     except Exception as error:
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    # the sum of parts is a kernel of its own, and the same for every stage
-    return [_resources(kernel, case.architecture) for kernel in compiled]
+        lines = f"{type(error).__name__}: {error}".strip().splitlines()
+        return " ... ".join(lines[:1] + lines[1:][-1:])
+    return compiled
 
 
 class Operands:
@@ -123,16 +169,23 @@ class Operands:
         from fastlora.kernels.layout import Layout
 
         dtype, of_factors = DTYPES[case.dtype]
-        self.M, self.K, self.N = (8192, 4096, 4096) if case.aligned else (8191, 4093, 4095)
-        third = self.N // 3 // 16 * 16
-        grouped = ((0, third, 0, 0), (third, third, -1, -1), (2 * third, third, third, 1))
-        if case.layout == "grouped":
-            self.N = 3 * third
-        self.layout = (
-            Layout(grouped, self.N)
-            if case.layout == "grouped"
-            else Layout(((0, self.N, 0, 0),), self.N)
-        )
+        self.M, self.K, self.N = 65536, 4096, 4096
+        spans: tuple[tuple[int, int, int, int], ...] = ((0, 4096, 0, 0),)
+        repeats = 1
+        if case.shape == "odd":
+            self.M, self.K, self.N = 65535, 4093, 4095
+            spans = ((0, 4095, 0, 0),)
+        elif case.shape == "grouped":
+            spans = ((0, 2048, 0, 0), (2048, 1024, 2048, 1), (3072, 1024, 3072, 2))
+        elif case.shape == "interleaved":
+            spans, repeats = ((0, 1, 0, 0), (1, 1, 1365, 1), (2, 1, 2730, 2)), 1365
+            self.N = 3 * 1365
+        elif "rows" in case.shape:
+            self.M = {"few rows": 1, "some rows": 8192}[case.shape]
+        if repeats * len(spans) > 1 and case.stage != "expand_fused":
+            # one block is not adapted, which is another path
+            spans = (*spans[:1], (*spans[1][:2], -1, -1), (*spans[2][:2], spans[1][2], 1))
+        self.layout = Layout(spans, self.N // repeats, repeats)
         G = len(self.layout.adapted.spans)
         self.r = case.r
 
@@ -144,22 +197,19 @@ class Operands:
         self.dY = empty(self.M, self.N, dtype=dtype)
         self.bias = empty(self.N, dtype=dtype)
         self.A = empty(G * self.r, self.K, dtype=of_factors)
-        self.B = empty(sum(s[1] for s in self.layout.adapted.spans), self.r, dtype=of_factors)
+        features = repeats * sum(s[1] for s in self.layout.adapted.spans)
+        self.B = empty(features, self.r, dtype=of_factors)
         self.S = empty(self.M, G * self.r, dtype=torch.float32)
-        self.mask = empty(self.M, 4 * -(-self.K // 32), dtype=torch.uint8)
+        self.mask = None
+        if "p=0" not in case.stage:
+            self.mask = empty(self.M, 4 * -(-self.K // 32), dtype=torch.uint8)
         self.seed = empty(1, dtype=torch.int64)
 
 
 def _shrink(o: Operands) -> None:
     from fastlora.kernels.shrink import shrink
 
-    shrink(o.X, o.A, 1.0, None, 6554, o.seed)
-
-
-def _shrink_all(o: Operands) -> None:
-    from fastlora.kernels.shrink import shrink
-
-    shrink(o.X, o.A, 1.0, None, 0, None)
+    shrink(o.X, o.A, 1.0, None, 0 if o.mask is None else 6554, o.seed)
 
 
 def _expand(o: Operands) -> None:
@@ -206,14 +256,17 @@ def _delta(o: Operands) -> None:
 
 STAGES: dict[str, Callable[[Operands], None]] = {
     "shrink": _shrink,
-    "shrink, p=0": _shrink_all,
+    "shrink, p=0": _shrink,
     "expand": _expand,
     "grad_expand": _grad_expand,
     "grad_shrink": _grad_shrink,
+    "grad_shrink, p=0": _grad_shrink,
     "grad_input": _grad_input,
+    "grad_input, p=0": _grad_input,
     "delta": _delta,
     "expand_fused": _expand_fused,
     "grad_input_fused": _grad_input_fused,
+    "grad_input_fused, p=0": _grad_input_fused,
 }
 
 
@@ -228,7 +281,7 @@ def _pretend(architecture: str) -> None:
 
         def get_current_device(self) -> int:
             # kernels are kept by device
-            return ARCHITECTURES.index(architecture)
+            return list(TARGETS).index(architecture)
 
         def get_current_stream(self, device: int) -> int:
             return 0
@@ -236,27 +289,47 @@ def _pretend(architecture: str) -> None:
     driver.set_active(Absent())
 
 
-def _resources(kernel: Any, architecture: str) -> Resources:
-    name, shared = kernel.metadata.name, kernel.metadata.shared
-    scratch = getattr(kernel.metadata, "global_scratch_size", 0)
-    if architecture.startswith("gfx"):
-        registers = _number(r"\.vgpr_count:\s*(\d+)", kernel.asm["amdgcn"])
-        spilled = _number(r"\.vgpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])
-        matrix = len(re.findall(r"^\s*v_mfma", kernel.asm["amdgcn"], re.M))
-        return Resources(name, shared, registers, spilled, scratch, {"MFMA": matrix})
+def _resources(made: Any, meta: dict[str, Any], architecture: str) -> Resources:
+    about = made.metadata
+    assembly = made.asm["amdgcn"] if architecture[:3] == "gfx" else made.asm["cubin"]
+    registers, local, counts = (_of_amd if architecture[:3] == "gfx" else _of_nvidia)(assembly)
+    return Resources(
+        about.name,
+        {key: n for key, n in meta.items() if key.startswith(("BLOCK", "num"))},
+        registers,
+        local,
+        about.shared,
+        getattr(about, "tmem_size", 0),
+        getattr(about, "global_scratch_size", 0),
+        counts,
+    )
+
+
+@lru_cache
+def _of_amd(code: str) -> tuple[int, int, dict[str, int]]:
+    """Registers, local memory and instructions."""
+    registers = _number(r"\.vgpr_count:\s*(\d+)", code)
+    # scalar registers are spilled to vector registers
+    local = _number(r"\.private_segment_fixed_size:\s*(\d+)", code)
+    found = Counter(re.findall(r"^\t([a-z]+)_\w+", code, re.M))
+    matrix = len(re.findall(r"^\tv_mfma", code, re.M))
+    return registers, local, {"MFMA": matrix, "all": found.total()}
+
+
+@lru_cache
+def _of_nvidia(cubin: bytes) -> tuple[int, int, dict[str, int]]:
+    """The same."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        code = _tool("nvdisasm", "--print-code", file.name)
-    found = Counter(
-        match.partition(".")[0]
-        for match in re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9.]+)", code, re.M)
-    )
+        code = _tool("nvdisasm", "--print-code", "--no-dataflow", file.name)
+    found = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)", code, re.M))
+    # between programs
+    del found["NOP"]
     counts = {op: found[op] for op in COUNTED if found[op]} | {"all": found.total()}
-    return Resources(
-        name, shared, _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage), scratch, counts
-    )
+    local = sum(_number(rf"{kind}:(\d+)", usage) for kind in ("STACK", "LOCAL"))
+    return _number(r"REG:(\d+)", usage), local, counts
 
 
 def _number(pattern: str, text: str) -> int:
@@ -286,18 +359,8 @@ def main() -> int:
     failed = 0
     for case, result in compile_all(wanted, options.jobs):
         failed += isinstance(result, str)
-        described = f"{case.architecture:7} {case.stage:17} {case.dtype:16} r={case.r:<4}"
-        if case.layout != "single" or not case.aligned:
-            described += f"{case.layout}{'' if case.aligned else ', odd'} "
-        if isinstance(result, str):
-            print(f"{described} {result}", flush=True)
-        else:
-            main_kernel = result[0]
-            print(
-                f"{described} {main_kernel.registers:4} registers, {main_kernel.spilled} spilled, "
-                f"{main_kernel.shared:7,} B shared, {main_kernel.instructions}",
-                flush=True,
-            )
+        # the sum of parts is a kernel of its own, and the same for every stage
+        print(case, result if isinstance(result, str) else result[0], flush=True)
         of_case = result if isinstance(result, str) else [asdict(k) for k in result]
         records.append({**asdict(case), "result": of_case})
     if options.out:
