@@ -17,6 +17,14 @@ INT = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 pytestmark = pytest.mark.usefixtures("backend")
 
 
+@pytest.fixture(params=["reference", "native"])
+def backend_name(request):
+    """The backends that merge float64, as many tests here do."""
+    if reason := backends.available()[request.param]:
+        pytest.skip(f"{request.param}: {reason}")
+    return request.param
+
+
 def bits(t):
     return t.detach().clone().contiguous().view(INT[t.element_size()])
 
