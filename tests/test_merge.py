@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fastlora
+from fastlora import backends
 from fastlora import merge as merging
 from fastlora.backends.reference_merge import flip_negative, round_once
 from fastlora.merge import MergeError, Term
