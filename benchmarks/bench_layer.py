@@ -4,7 +4,9 @@ Run with ``python -m benchmarks.bench_layer [--quick] [--out DIR]``.
 """
 
 import argparse
+import os
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -14,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness, memory, report
-from benchmarks.gate import check
+from benchmarks.gate import check_case
 from benchmarks.harness import Spread
 from benchmarks.providers import BASELINE, Case, Inputs, Skipped, providers
 from benchmarks.shapes import Shape, grid
@@ -36,9 +38,7 @@ class Row:
 
     def as_json(self) -> dict[str, Any]:
         """Plain values only."""
-        values = asdict(self)
-        values["shape"]["dtype"] = str(self.shape.dtype).removeprefix("torch.")
-        return values
+        return asdict(self) | {"shape": self.shape.as_json()}
 
 
 def measure(shape: Shape, cases: dict[str, Case], device: torch.device) -> list[Row]:
@@ -61,12 +61,24 @@ def measure(shape: Shape, cases: dict[str, Case], device: torch.device) -> list[
     ]
 
 
-def run(
-    shapes: Sequence[Shape], device: torch.device, compiled: bool, console: Console
-) -> tuple[list[Row], dict[str, str]]:
-    """Measure all shapes; also returns what was skipped and why."""
-    rows: list[Row] = []
-    skipped: dict[str, str] = {}
+@dataclass(frozen=True)
+class Report:
+    """All measurements, and what was not measured: by name, with the reason.
+
+    Attributes:
+        rows: What was measured.
+        skipped: Cannot run here.
+        failed: Ran, and was wrong or broke down; never timed.
+    """
+
+    rows: list[Row]
+    skipped: dict[str, str]
+    failed: dict[str, str]
+
+
+def run(shapes: Sequence[Shape], device: torch.device, compiled: bool, console: Console) -> Report:
+    """Measure all shapes."""
+    found = Report([], {}, {})
     table = providers(compiled)
     with console.progress() as progress:
         task = progress.add_task("layers", total=len(shapes))
@@ -75,15 +87,34 @@ def run(
             inputs = Inputs.make(shape, device)
             cases = {}
             for name, setup in table.items():
+                kind = "MergedLinear" if shape.enable_lora else "Linear"
                 try:
-                    cases[name] = setup(shape, inputs)
+                    case = setup(shape, inputs)
+                    check_case(shape, case)
+                    cases[name] = case
                 except Skipped as reason:
-                    kind = "MergedLinear" if shape.enable_lora else "Linear"
-                    skipped[f"{name} ({kind})"] = str(reason)
-            check(shape, device)
-            rows += measure(shape, cases, device)
+                    found.skipped[f"{name} ({kind})"] = str(reason)
+                except Exception as error:
+                    # what is wrong is not timed; all else still is
+                    where = f"{name}, {shape.label}, r={shape.r}, p={shape.p:g}"
+                    first = str(error).strip().partition("\n")[0]
+                    found.failed[where] = f"{type(error).__name__}: {first}"
+            found.rows.extend(measure(shape, cases, device))
             progress.update(task, advance=1)
-    return rows, skipped
+    return found
+
+
+def run_once(shape: Shape, compiled: bool) -> None:
+    """Run every step, for what its compilers leave on disk; what goes wrong is said later."""
+    # there are several of these at once
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    inputs = Inputs.make(shape, device)
+    for setup in providers(compiled).values():
+        try:
+            setup(shape, inputs).step()
+        except Exception:
+            continue
 
 
 # a few tokens are ruled by the host, many by arithmetic: a mean over both would say nothing
@@ -120,6 +151,18 @@ def summary_table(rows: Sequence[Row]) -> report.Table:
     return report.Table("Forward + backward time, geometric means over the grid", header, out)
 
 
+def overview_table(rows: Sequence[Row]) -> report.Table:
+    """Time over that of the frozen layer: a line a shape, a column a provider."""
+    names = [name for name in dict.fromkeys(row.provider for row in rows) if name != BASELINE]
+    out: list[list[str]] = []
+    for shape, group in groupby(rows, key=lambda row: row.shape):
+        medians = {row.provider: f"{row.vs_frozen.median:.2f}" for row in group}
+        cells = [medians.get(name, "–") for name in names]
+        out.append([shape.label, str(shape.r), f"{shape.p:g}", *cells])
+    header = ("layer M×K→N", "r", "p", *names)
+    return report.Table("Forward + backward, × frozen linear", header, out)
+
+
 def detail_table(rows: Sequence[Row]) -> report.Table:
     """Every measurement."""
     out: list[list[str]] = []
@@ -153,8 +196,8 @@ def detail_table(rows: Sequence[Row]) -> report.Table:
     return report.Table("Forward + backward of one layer", header, out)
 
 
-def main() -> None:
-    """Command line."""
+def main() -> int:
+    """Command line; 1 where a provider was wrong."""
     parser = argparse.ArgumentParser(prog="benchmarks.bench_layer", description=__doc__)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="a part of the grid")
@@ -166,8 +209,13 @@ def main() -> None:
     device = torch.device(options.device)
     console = Console()
 
-    rows, skipped = run(grid(device, options.quick), device, options.compiled, console)
-    tables = [summary_table(rows), detail_table(rows)]
+    shapes = grid(device, options.quick)
+    if device.type == "cuda":
+        with console.status("compiling"):
+            harness.in_processes(run_once, [(shape, options.compiled) for shape in shapes])
+    found = run(shapes, device, options.compiled, console)
+    rows, skipped = found.rows, found.skipped
+    tables = [summary_table(rows), detail_table(rows), overview_table(rows)]
     for table in tables:
         table.show(console)
     folder = report.folder_for(device, options.out)
@@ -183,14 +231,19 @@ def main() -> None:
     record = report.record_head(device) | {
         "rows": [row.as_json() for row in rows],
         "skipped": skipped,
+        "failed": found.failed,
     }
     parts = ["# Layers\n", report.environment_markdown(record["environment"]), picture]
-    parts += [table.markdown() for table in tables] + [report.skipped_markdown(skipped)]
+    parts += [table.markdown() for table in tables]
+    parts += [report.skipped_markdown(found.failed, "Failed"), report.skipped_markdown(skipped)]
     report.write(folder, "layer", record, "\n".join(part for part in parts if part))
     for name, reason in skipped.items():
         console.print(f"skipped: {name}: {reason}", style="yellow")
+    for name, reason in found.failed.items():
+        console.print(f"failed: {name}: {reason}", style="red")
     console.print(f"written to {folder}")
+    return 1 if found.failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

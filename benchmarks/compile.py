@@ -30,9 +30,25 @@ TARGETS = {
     "sm_90": ("cuda", 90, 32),
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
+    # these take the tables of others
+    "sm_86": ("cuda", 86, 32),
+    "sm_89": ("cuda", 89, 32),
+    "sm_120": ("cuda", 120, 32),
+    "gfx90a": ("hip", "gfx90a", 64),
+    "gfx950": ("hip", "gfx950", 64),
 }
 # the most shared memory a program can have, from each vendor's manual: the compiler does not ask
-SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
+SHARED_LIMIT = {
+    "sm_80": 166_912,
+    "sm_90": 232_448,
+    "sm_100": 232_448,
+    "gfx942": 65_536,
+    "sm_86": 101_376,
+    "sm_89": 101_376,
+    "sm_120": 101_376,
+    "gfx90a": 65_536,
+    "gfx950": 163_840,
+}
 # columns of the memory that sm_100 keeps accumulators in
 TENSOR_LIMIT = 512
 DTYPES = {
@@ -98,12 +114,17 @@ def cases(full: bool) -> Iterator[Case]:
                             if _differs(stage, shape):
                                 yield Case(stage, architecture, dtype, r, shape)
         return
-    chosen = {}
+    # an ordered set
+    chosen: dict[Case, None] = {}
     for architecture in TARGETS:
-        for stage, rows in configs.table(architecture).rows.items():
-            for kind, most, best in rows:
-                r = min(most or best.most_ranks, best.most_ranks)
-                chosen[Case(stage, architecture, KINDS[kind], r)] = None
+        if architecture in configs.architectures():
+            for stage, rows in configs.table(architecture).rows.items():
+                for kind, most, best in rows:
+                    r = min(most or best.most_ranks, best.most_ranks)
+                    chosen[Case(stage, architecture, KINDS[kind], r)] = None
+            for dtype in KINDS.values():
+                if "under" not in dtype:
+                    chosen[Case("merge", architecture, dtype, 16)] = None
     for stage in STAGES:
         chosen[Case(stage, "sm_90", "bf16", 16)] = None
         if "p=0" not in stage:
@@ -116,7 +137,7 @@ def cases(full: bool) -> Iterator[Case]:
 
 
 def _differs(stage: str, shape: str) -> bool:
-    """Whether a kernel can be another than at an even shape."""
+    """Whether a kernel can be another there than at an even shape."""
     if "rows" in shape:
         return stage.startswith("shrink")
     if shape in ("grouped", "interleaved"):
@@ -137,7 +158,7 @@ def compile_case(case: Case) -> list[Resources] | str:
     def compile_instead(
         kernel: Any, grid: object, device: object, args: tuple[Any, ...], meta: dict[str, Any]
     ) -> None:
-        made = kernel.warmup(*args, grid=grid, **meta, enable_fp_fusion=True)
+        made = kernel.warmup(*args, grid=grid, **{"enable_fp_fusion": True, **meta})
         compiled.append(_resources(made, meta, case.architecture))
 
     from fastlora.kernels import launch
@@ -254,6 +275,16 @@ def _delta(o: Operands) -> None:
     delta(o.A, o.B, 1.0, None, o.layout)
 
 
+def _merge(o: Operands) -> None:
+    from fastlora.kernels.merge import add_low_rank
+
+    left, right, rows, columns = (
+        torch.empty(shape, dtype=torch.float64, device="meta")
+        for shape in ((o.N, o.r), (o.r, o.K), (o.N, 1), (1, o.K))
+    )
+    add_low_rank(o.W, left, right, rows, columns)
+
+
 STAGES: dict[str, Callable[[Operands], None]] = {
     "shrink": _shrink,
     "shrink, p=0": _shrink,
@@ -264,6 +295,7 @@ STAGES: dict[str, Callable[[Operands], None]] = {
     "grad_input": _grad_input,
     "grad_input, p=0": _grad_input,
     "delta": _delta,
+    "merge": _merge,
     "expand_fused": _expand_fused,
     "grad_input_fused": _grad_input_fused,
     "grad_input_fused, p=0": _grad_input_fused,
@@ -349,9 +381,9 @@ def _tool(name: str, *args: str) -> str:
 def main() -> int:
     """Prints a line for each kernel, and writes all of it as JSON where asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="every dtype and rank everywhere")
+    parser.add_argument("--full", action="store_true", help="every dtype, rank and shape")
     parser.add_argument("--only", default="", help="cases whose description has this in it")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8))
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     wanted = [case for case in cases(options.full) if options.only in str(case)]

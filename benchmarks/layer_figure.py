@@ -17,11 +17,12 @@ def _panel(
     value: Callable[["Row"], tuple[float, float, float]],
 ) -> None:
     names = [n for n in report.MARKERS if any(row.provider == n for row in rows)]
+    step = min(0.16, 0.8 / len(names))
     for index, name in enumerate(names):
         mine = [row for row in rows if row.provider == name]
         low, middle, high = zip(*map(value, mine), strict=True)
         # a small offset keeps marks of equal value apart
-        at = [labels.index(_label(row)) + 0.16 * (index - (len(names) - 1) / 2) for row in mine]
+        at = [labels.index(_label(row)) + step * (index - (len(names) - 1) / 2) for row in mine]
         axes.hlines(at, low, high, color=report.COLOURS[name], linewidth=2, alpha=0.45)
         axes.plot(
             middle,
@@ -53,10 +54,12 @@ def draw(rows: Sequence["Row"], path: Path) -> None:
     pyplot = report.paper_style()
     labels = list(dict.fromkeys(map(_label, rows)))
     dropout = sorted({row.shape.p for row in rows})
+    marks = len(report.MARKERS.keys() & {row.provider for row in rows})
+    height = 0.36 * max(1, marks / 5)
     figure, panels = pyplot.subplots(
         1,
         len(dropout) + 1,
-        figsize=(3.6 * (len(dropout) + 1) + 1, 0.36 * len(labels) + 1.7),
+        figsize=(3.6 * (len(dropout) + 1) + 1, height * len(labels) + 1.7),
         sharey=True,
         layout="constrained",
     )
@@ -74,6 +77,7 @@ def draw(rows: Sequence["Row"], path: Path) -> None:
     panels[-1].set_title(f"Saved for backward, dropout {dropout[-1]:g}")
     panels[-1].set_xlabel("MiB besides the input (log)")
     handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper right", ncols=len(names))
+    columns = min(len(names), 2 * len(panels))
+    figure.legend(handles, names, loc="outside upper right", ncols=columns)
     figure.savefig(path)
     pyplot.close(figure)

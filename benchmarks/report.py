@@ -19,6 +19,11 @@ COLOURS = {
     "PEFT compiled": "#CC79A7",
     "fastlora": "#D55E00",
     "fastlora (reference)": "#0072B2",
+    "fastlora (fused)": "#8F2F00",
+    "PyTorch chain": "#555555",
+    "PyTorch chain, compiled": "#AA4499",
+    "addmm order": "#009E73",
+    "LoRAFusion's dataflow": "#332288",
     "full fine-tuning": "#009E73",
     "head only": "#8C8C8C",
     "frozen linear": "#8C8C8C",
@@ -27,7 +32,12 @@ MARKERS = {
     "loralib": "s",
     "PEFT": "^",
     "PEFT compiled": "v",
+    "PyTorch chain": "P",
+    "PyTorch chain, compiled": "X",
+    "addmm order": "<",
+    "LoRAFusion's dataflow": "h",
     "fastlora (reference)": "D",
+    "fastlora (fused)": "d",
     "fastlora": "o",
 }
 
@@ -85,11 +95,11 @@ def environment_markdown(env: dict[str, Any]) -> str:
     )
 
 
-def skipped_markdown(skipped: dict[str, str]) -> str:
+def skipped_markdown(skipped: dict[str, str], title: str = "Skipped") -> str:
     """What is missing from the report, and why."""
     if not skipped:
         return ""
-    return "## Skipped\n\n" + "".join(f"- {k}: {v}\n" for k, v in skipped.items())
+    return f"## {title}\n\n" + "".join(f"- {k}: {v}\n" for k, v in skipped.items())
 
 
 def folder_for(device: Any, out: Path | None) -> Path:

@@ -1,8 +1,9 @@
 """The layers that are measured: linear layers of real models, at real token counts."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -18,7 +19,8 @@ class Shape:
         r: Rank.
         p: Dropout probability of the LoRA branch.
         enable_lora: Blocks of a ``MergedLinear`` that are adapted; ``None`` for a ``Linear``.
-        dtype: Of the input, the weight and the factors.
+        dtype: Of the input and the weight.
+        factor_dtype: Of the factors; ``None`` for ``dtype``.
     """
 
     M: int
@@ -28,12 +30,29 @@ class Shape:
     p: float
     enable_lora: tuple[bool, ...] | None = None
     dtype: torch.dtype = torch.float32
+    factor_dtype: torch.dtype | None = None
 
     @property
     def label(self) -> str:
-        """``M x K -> N``, with the adapted blocks of a merged layer."""
+        """``M x K -> N``, with the adapted blocks of a merged layer and what its factors are."""
         blocks = "".join("FT"[on] for on in self.enable_lora or ())
-        return f"{self.M}×{self.K}→{self.N}" + (f" [{blocks}]" if blocks else "")
+        mixed = " fp32 A, B" if self.factors != self.dtype else ""
+        return f"{self.M}×{self.K}→{self.N}" + (f" [{blocks}]" if blocks else "") + mixed
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values only; the factors' dtype where it differs."""
+        values = asdict(self)
+        for name in ("dtype", "factor_dtype"):
+            if values[name] is None:
+                del values[name]
+            else:
+                values[name] = str(values[name]).removeprefix("torch.")
+        return values
+
+    @property
+    def factors(self) -> torch.dtype:
+        """The dtype of the factors."""
+        return self.factor_dtype or self.dtype
 
 
 DROPOUT = (0.0, 0.1)
@@ -42,9 +61,17 @@ CPU_LAYERS = ((768, 768), (768, 3072), (1024, 4096))
 CPU_TOKENS = (32, 512, 2048, 8192)
 # GPT-2's c_attn, the layer that MergedLinear was written for: q and v adapted, k not
 QKV = (768, 2304, (True, False, True))
-# Llama-3-8B attention and MLP, Llama-2-13B attention, Llama-3-70B attention
-GPU_LAYERS = ((8192, 4096, 4096), (8192, 4096, 14336), (8192, 5120, 5120), (4096, 8192, 8192))
-GPU_QKV = (4096, 12288, (True, False, True))
+# Llama-3-8B attention and MLP, Llama-2-13B attention, Llama-3-70B attention, BERT-base
+GPU_LAYERS = (
+    (8192, 4096, 4096),
+    (8192, 4096, 14336),
+    (8192, 5120, 5120),
+    (4096, 8192, 8192),
+    (2048, 768, 768),
+)
+GPU_RANKS = (8, 16, 64)
+# a fused qkv of Llama-2-7B's size, and GPT-2's
+GPU_QKV = ((8192, 4096, 12288), (2048, 768, 2304))
 
 
 def cpu_shapes(quick: bool) -> Iterator[Shape]:
@@ -60,13 +87,18 @@ def cpu_shapes(quick: bool) -> Iterator[Shape]:
 
 
 def gpu_shapes(quick: bool) -> Iterator[Shape]:
-    """The GPU grid in bfloat16; ``quick`` keeps dropout 0.1 only."""
-    dropout = DROPOUT[1:] if quick else DROPOUT
-    for (M, K, N), p in product(GPU_LAYERS, dropout):
-        yield Shape(M, K, N, 16, p, dtype=torch.bfloat16)
-    K, N, enable_lora = GPU_QKV
-    for p in dropout:
-        yield Shape(8192, K, N, 16, p, enable_lora, dtype=torch.bfloat16)
+    """The GPU grid in bfloat16; ``quick`` keeps rank 16, dropout 0.1 and three layers."""
+    bf16, blocks = torch.bfloat16, QKV[2]
+    layers, ranks, dropout, qkv = GPU_LAYERS, GPU_RANKS, DROPOUT, GPU_QKV
+    if quick:
+        layers, ranks, dropout, qkv = (layers[0], layers[-1]), (16,), DROPOUT[1:], qkv[:1]
+    for (M, K, N), r, p in product(layers, ranks, dropout):
+        yield Shape(M, K, N, r, p, dtype=bf16)
+    for (M, K, N), p in product(qkv, dropout):
+        yield Shape(M, K, N, 16, p, blocks, dtype=bf16)
+    # PEFT's default
+    M, K, N = layers[0]
+    yield Shape(M, K, N, 16, DROPOUT[1], dtype=bf16, factor_dtype=torch.float32)
 
 
 def grid(device: torch.device, quick: bool) -> list[Shape]:

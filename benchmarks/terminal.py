@@ -15,7 +15,7 @@ else:
     RICH = True
 
 # a log file has no width of its own: room for whole rows
-LOG_WIDTH = 130
+LOG_WIDTH = 160
 
 
 class Console:
@@ -56,7 +56,7 @@ class Console:
             return
         table = rich.table.Table(title=title, box=rich.box.SIMPLE_HEAD, title_style="bold")
         for index, name in enumerate(header):
-            table.add_column(name, justify="right" if index else "left")
+            table.add_column(name, justify="right" if index else "left", overflow="fold")
         for row in rows:
             if row:
                 table.add_row(*row, style="bold" if row[0].strip() == "fastlora" else None)

@@ -1,0 +1,458 @@
+"""Each Triton kernel alone, and the base products, beside what the device can do at best.
+
+Run with ``python -m benchmarks.bench_stages [--quick] [--host] [--out DIR]``. It needs a GPU. Bytes
+and operations are those of a stage's formula in ``docs/math.md``: partial sums and what is read
+twice count for nothing, so a stage at 100 % could not be faster.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness, report
+from benchmarks.harness import Spread, Step
+from benchmarks.providers import BASELINE, Inputs, Skipped, providers
+from benchmarks.shapes import DROPOUT, Shape, gpu_shapes
+from benchmarks.terminal import Console
+
+P = DROPOUT[1]
+# for all steps of one shape together
+ROUNDS = {"budget_s": 0.6, "min_rounds": 7, "max_rounds": 40}
+COPY_BYTES = 2**30
+# so small that its time is the host's
+TINY = Shape(64, 64, 64, 16, 0.0, dtype=torch.bfloat16)
+HOST_ROUNDS, HOST_STEPS = 9, 50
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One thing to time, and what its formula asks for."""
+
+    step: Step
+    bytes: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The best of this device, measured: bytes and operations a second."""
+
+    bandwidth: float
+    arithmetic: float
+
+    def share(self, stage: Stage, seconds: float) -> float:
+        """The time that ``stage`` has to take, over the time it took."""
+        return max(stage.bytes / self.bandwidth, stage.flops / self.arithmetic) / seconds
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stage at one shape; ``share`` of the ceiling, ``ratio`` to what it stands against."""
+
+    shape: Shape
+    stage: str
+    seconds: Spread
+    share: float
+    against: str | None
+    ratio: Spread | None
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values only."""
+        spreads = {"seconds": self.seconds, "ratio": self.ratio}
+        values: dict[str, Any] = {"shape": self.shape.as_json(), "stage": self.stage}
+        values |= {name: s and s.__dict__ for name, s in spreads.items()}
+        return values | {"share": self.share, "against": self.against}
+
+
+class Operands:
+    """The tensors of all stages at one shape."""
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        from fastlora import dropout
+        from fastlora.blocks import Blocks
+        from fastlora.kernels.layout import Layout
+
+        inputs = Inputs.make(shape, device)
+        enabled = shape.enable_lora or (True,)
+        self.shape = shape
+        self.blocks = Blocks((shape.N // len(enabled),) * len(enabled), enabled)
+        self.layout = Layout(*self.blocks.pattern)
+        self.X, self.W, self.bias = inputs.x.detach(), inputs.weight, inputs.bias
+        self.dY, self.A, self.B = inputs.grad, inputs.lora_A, inputs.lora_B
+        self.S = torch.randn(shape.M, len(self.A), device=device)
+        self.dS = torch.randn(shape.M, len(self.A), device=device)
+        self.t = dropout.threshold(P)
+        self.seed = torch.tensor([1], device=device)
+        row_bytes = dropout.mask_bytes(shape.K)
+        self.mask = torch.randint(256, (shape.M, row_bytes), dtype=torch.uint8, device=device)
+        self.Y = self.dY.clone()
+        self.dX = self.X.clone()
+
+
+def kernels(o: Operands) -> dict[str, Stage]:
+    """Our kernels."""
+    from fastlora.kernels import delta, expand, grad_expand, grad_input, grad_shrink, shrink
+
+    M, K, N = o.shape.M, o.shape.K, o.shape.N
+    (R, _), (n, r) = o.A.shape, o.B.shape
+    x, w, y, a, b, s, mask = map(_size, (o.X, o.W, o.dY, o.A, o.B, o.S, o.mask))
+    adapted = y * n // N
+    thin_K, thin_N, base = 2 * M * K * R, 2 * M * n * r, 2 * M * N * K
+    stage = Stage
+    return {
+        "shrink, p=0": stage(
+            lambda: shrink.shrink(o.X, o.A, 1.0, None, 0, None), x + a + s, thin_K
+        ),
+        "shrink": stage(
+            lambda: shrink.shrink(o.X, o.A, 1.0, None, o.t, o.seed), x + a + s + mask, thin_K
+        ),
+        "expand_start": stage(
+            lambda: expand.expand_start(o.X, N, o.bias, o.S, o.B, o.layout), s + b + y, thin_N
+        ),
+        "grad_expand": stage(
+            lambda: grad_expand.grad_expand(o.dY, o.S, o.B, 1.0, None, o.layout, True, True),
+            adapted + 2 * s + 2 * b,
+            2 * thin_N,
+        ),
+        "grad_shrink": stage(
+            lambda: grad_shrink.grad_shrink(o.dS, o.X, o.mask, o.A), s + x + mask + a, thin_K
+        ),
+        "grad_input_start": stage(
+            lambda: grad_input.grad_input_start(o.dY, o.dS, o.A, o.mask), s + a + mask + x, thin_K
+        ),
+        "delta": stage(
+            lambda: delta.delta(o.A, o.B, 1.0, None, o.layout),
+            a + b + N * K * o.B.element_size(),
+            2 * n * K * r,
+        ),
+        "expand_fused": stage(
+            lambda: expand.expand_fused(o.X, o.W, o.bias, o.S, o.B, o.layout),
+            x + w + s + b + y,
+            base + thin_N,
+        ),
+        "grad_input_fused": stage(
+            lambda: grad_input.grad_input_fused(o.dY, o.W, o.dS, o.A, o.mask),
+            y + w + s + a + mask + x,
+            base + thin_K,
+        ),
+    }
+
+
+def in_place(o: Operands) -> dict[str, Stage]:
+    """What the fused products stand against: the low-rank term, the base product added to it."""
+    from fastlora.kernels import expand, grad_input
+
+    fused = kernels(o)
+
+    def forward() -> Tensor:
+        start = expand.expand_start(o.X, o.shape.N, o.bias, o.S, o.B, o.layout)
+        return start.addmm_(o.X, o.W.t())
+
+    def backward() -> Tensor:
+        return grad_input.grad_input_start(o.dY, o.dS, o.A, o.mask).addmm_(o.dY, o.W)
+
+    return {
+        "expand, in place": replace(fused["expand_fused"], step=forward),
+        "grad_input, in place": replace(fused["grad_input_fused"], step=backward),
+    }
+
+
+def products(o: Operands) -> dict[str, Stage]:
+    """The base products, and the same added to what is there."""
+    x, w, y = map(_size, (o.X, o.W, o.dY))
+    flops = 2 * o.shape.M * o.shape.N * o.shape.K
+    return {
+        "X Wᵀ": Stage(lambda: torch.mm(o.X, o.W.t(), out=o.Y), x + w + y, flops),
+        "Y += X Wᵀ": Stage(lambda: o.Y.addmm_(o.X, o.W.t()), x + w + 2 * y, flops),
+        "dY W": Stage(lambda: torch.mm(o.dY, o.W, out=o.dX), x + w + y, flops),
+        "dX += dY W": Stage(lambda: o.dX.addmm_(o.dY, o.W), 2 * x + w + y, flops),
+    }
+
+
+PLAIN = ("X Wᵀ", "dY W")
+# what is compared with what, round by round
+AGAINST = {
+    "Y += X Wᵀ": "X Wᵀ",
+    "dX += dY W": "dY W",
+    "expand_fused": "expand, in place",
+    "grad_input_fused": "grad_input, in place",
+}
+
+
+def _size(t: Tensor) -> int:
+    return t.numel() * t.element_size()
+
+
+def stage_shapes(quick: bool) -> list[Shape]:
+    """The shapes of the GPU grid, once each: stages with dropout and without stand side by side."""
+    return list(dict.fromkeys(replace(shape, p=P) for shape in gpu_shapes(quick)))
+
+
+def ceilings(shapes: Sequence[Shape], device: torch.device) -> Ceilings:
+    """The bandwidth of a copy, and the best rate of a base product at any of these shapes."""
+    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copies = harness.time_rounds({"copy": lambda: target.copy_(source)}, device, **ROUNDS)
+    rates = []
+    for M, K, N in dict.fromkeys((s.M, s.K, s.N) for s in shapes):
+        shape = next(s for s in shapes if (s.M, s.K, s.N) == (M, K, N))
+        all_products = products(Operands(shape, device))
+        steps = {name: all_products[name].step for name in PLAIN}
+        samples = harness.time_rounds(steps, device, **ROUNDS)
+        rates += [all_products[name].flops / Spread.of(samples[name]).median for name in PLAIN]
+    return Ceilings(2 * COPY_BYTES / Spread.of(copies["copy"]).median, max(rates))
+
+
+def reference_of(o: Operands) -> dict[str, Callable[[], Any]]:
+    """What stages have to compute, in plain PyTorch; the two starts are checked with their sums."""
+    from fastlora.backends import reference
+
+    def forward() -> Tensor:
+        return reference.expand(o.X, o.W, o.bias, o.S, o.B, o.blocks)
+
+    def backward() -> Tensor:
+        return reference.grad_input(o.dY, o.W, o.dS, o.A, o.mask)
+
+    return {
+        "shrink, p=0": lambda: reference.shrink(o.X, o.A, 1.0, 0, None),
+        "shrink": lambda: reference.shrink(o.X, o.A, 1.0, o.t, o.seed),
+        "expand, in place": forward,
+        "expand_fused": forward,
+        "grad_expand": lambda: reference.grad_expand(o.dY, o.S, o.B, 1.0, o.blocks, True, True),
+        "grad_shrink": lambda: reference.grad_shrink(o.dS, o.X, o.mask, o.A),
+        "grad_input, in place": backward,
+        "grad_input_fused": backward,
+        "delta": lambda: reference.delta(o.A, o.B, 1.0, o.blocks),
+    }
+
+
+# of the largest element: some units in the last place of what is rounded on the way
+CLOSE = {2: 2**-6, 4: 2**-10}
+
+
+def close(got: Any, expected: Any, operands: Tensor) -> bool:
+    """Whether two results of a stage differ by little, for the dtype of its operands.
+
+    This finds a kernel that is broken, not one that rounds once too often: ``gate`` does.
+    """
+    if isinstance(expected, tuple):
+        return all(close(g, e, operands) for g, e in zip(got, expected, strict=True))
+    if expected is None:
+        return True
+    if not expected.is_floating_point():
+        return torch.equal(got, expected)
+    if got.shape != expected.shape:
+        return False
+    got, expected = got.float(), expected.float()
+    error, largest = (got - expected).abs().max(), expected.abs().max()
+    return bool(error <= CLOSE[operands.element_size()] * largest)
+
+
+def measure(shape: Shape, device: torch.device, best: Ceilings) -> tuple[list[Row], dict[str, str]]:
+    """All stages of one shape, in the same rounds; and what was wrong, which is not timed."""
+    o = Operands(shape, device)
+    ours = in_place(o) | kernels(o)
+    expected = reference_of(o)
+    failed = {}
+    for name, stage in list(ours.items()):
+        try:
+            got = stage.step()
+            if name in expected and not close(got, expected[name](), o.X):
+                failed[name] = "differs from the reference"
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    stages = products(o) | {name: stage for name, stage in ours.items() if name not in failed}
+    steps = {name: stage.step for name, stage in stages.items()}
+    samples = harness.time_rounds(steps, device, **ROUNDS)
+    rows = []
+    for name, stage in stages.items():
+        seconds, other = Spread.of(samples[name]), AGAINST.get(name)
+        ratio = harness.ratios(samples, other)[name] if other in samples else None
+        share = best.share(stage, seconds.median)
+        rows.append(Row(shape, name, seconds, share, other if ratio else None, ratio))
+    return rows, {f"{name}, {shape.label}, r={shape.r}": why for name, why in failed.items()}
+
+
+def host_cost(device: torch.device) -> dict[str, tuple[Spread, Spread]]:
+    """Seconds of the host for a forward, and for a forward and backward, without waiting for it.
+
+    The layer is so small that the device is done with it before the host can launch the next.
+    """
+    steps: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {}
+    inputs = Inputs.make(TINY, device)
+    for name, setup in providers().items():
+        try:
+            case = setup(TINY, inputs)
+            case.step()
+        except Skipped:
+            continue
+        steps[name] = (case.forward, case.step)
+    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in steps}
+    for index in range(HOST_ROUNDS + 1):
+        for name in harness.rotated(list(steps), index):
+            for step, seconds in zip(steps[name], found[name], strict=True):
+                harness.synchronize(device)
+                start = time.perf_counter()
+                for _ in range(HOST_STEPS):
+                    step()
+                seconds.append((time.perf_counter() - start) / HOST_STEPS)
+    # the first round warms up
+    return {
+        name: (Spread.of(forward[1:]), Spread.of(both[1:]))
+        for name, (forward, both) in found.items()
+    }
+
+
+def run_once(shape: Shape) -> None:
+    """Run every kernel, for what its compiler leaves on disk; what goes wrong is said later."""
+    for stage in kernels(Operands(shape, needs_gpu())).values():
+        try:
+            stage.step()
+        except Exception:
+            continue
+
+
+def stage_table(rows: Sequence[Row]) -> report.Table:
+    """Every measurement."""
+    out: list[list[str]] = []
+    last = None
+    for row in rows:
+        if last is not None and row.shape != last:
+            out.append([])
+        last = row.shape
+        out.append(
+            [
+                row.stage,
+                row.shape.label,
+                str(row.shape.r),
+                f"{row.seconds.median * 1e6:.1f}",
+                f"{100 * row.share:.0f}",
+                f"{report.ratio(row.ratio)} {row.against}" if row.against else "–",
+            ]
+        )
+    header = ("stage", "layer M×K→N", "r", "µs", "% of ceiling", "× what it stands against")
+    return report.Table("Stages", header, out)
+
+
+def host_table(found: dict[str, tuple[Spread, Spread]]) -> report.Table:
+    """Microseconds of the host."""
+    floor = found[BASELINE][1].median
+    out = [
+        [
+            name,
+            f"{forward.median * 1e6:.0f}",
+            f"{both.median * 1e6:.0f}",
+            f"[{both.low * 1e6:.0f}–{both.high * 1e6:.0f}]",
+            f"{(both.median - floor) * 1e6:+.0f}",
+        ]
+        for name, (forward, both) in found.items()
+    ]
+    header = ("provider", "forward µs", "forward + backward µs", "quartiles", "over frozen µs")
+    return report.Table("The host's time, per call", header, out)
+
+
+def run_stages(device: torch.device, quick: bool, out: Path | None, console: Console) -> int:
+    """Measure all stages and write ``stages.json`` and ``stages.md``; 1 where one was wrong."""
+    shapes = stage_shapes(quick)
+    if device.type == "cuda":
+        with console.status("compiling"):
+            harness.in_processes(run_once, [(shape,) for shape in shapes])
+    with console.status("ceilings"):
+        best = ceilings(shapes, device)
+    console.print(
+        f"copy {best.bandwidth / 1e12:.2f} TB/s, product {best.arithmetic / 1e12:.0f} TFLOP/s"
+    )
+    rows: list[Row] = []
+    failed: dict[str, str] = {}
+    with console.progress() as progress:
+        task = progress.add_task("stages", total=len(shapes))
+        for shape in shapes:
+            progress.update(task, status=f"{shape.label} r={shape.r}")
+            more, wrong = measure(shape, device, best)
+            rows += more
+            failed |= wrong
+            progress.update(task, advance=1)
+    table = stage_table(rows)
+    table.show(console)
+    folder = report.folder_for(device, out)
+    record = report.record_head(device) | {
+        "bandwidth": best.bandwidth,
+        "arithmetic": best.arithmetic,
+        "rows": [row.as_json() for row in rows],
+        "failed": failed,
+    }
+    said = (
+        f"The ceilings, measured in the same run: {best.bandwidth / 1e12:.2f} TB/s (copy of "
+        f"{COPY_BYTES / 2**30:g} GiB), {best.arithmetic / 1e12:.0f} TFLOP/s (best base product "
+        f"of these shapes). Dropout {P:g} where a stage has it and does not say otherwise.\n"
+    )
+    parts = ["# Stages\n", report.environment_markdown(record["environment"]), said]
+    parts += [table.markdown(), report.skipped_markdown(failed, "Failed")]
+    report.write(folder, "stages", record, "\n".join(part for part in parts if part))
+    for name, reason in failed.items():
+        console.print(f"failed: {name}: {reason}", style="red")
+    console.print(f"written to {folder}")
+    return 1 if failed else 0
+
+
+def run_host(device: torch.device, out: Path | None, console: Console) -> None:
+    """Measure the host's time and write ``host.json`` and ``host.md``."""
+    found = host_cost(device)
+    table = host_table(found)
+    table.show(console)
+    folder = report.folder_for(device, out)
+    record = report.record_head(device) | {
+        "sizes": TINY.as_json(),
+        "rows": [
+            {"provider": name, "forward": forward.__dict__, "both": both.__dict__}
+            for name, (forward, both) in found.items()
+        ],
+    }
+    said = (
+        f"A layer of {TINY.label}, r={TINY.r}, in bfloat16: {HOST_STEPS} calls one after the "
+        "other, without waiting for the device.\n"
+    )
+    parts = ["# Host\n", report.environment_markdown(record["environment"]), said]
+    report.write(folder, "host", record, "\n".join([*parts, table.markdown()]))
+    console.print(f"written to {folder}")
+
+
+def needs_gpu() -> torch.device:
+    """The GPU, or the CPU for Triton's interpreter.
+
+    Raises:
+        SystemExit: There is neither.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return torch.device("cpu")
+    raise SystemExit("no CUDA or ROCm device")
+
+
+def main() -> int:
+    """Command line; 1 where a stage was wrong."""
+    parser = argparse.ArgumentParser(prog="benchmarks.bench_stages", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a part of the grid")
+    parser.add_argument("--host", action="store_true", help="only what a call costs the host")
+    parser.add_argument("--out", type=Path, help="folder for the results")
+    options = parser.parse_args()
+    device, console = needs_gpu(), Console()
+    if options.host and device.type != "cuda":
+        raise SystemExit("--host: needs a GPU, whose work the host does not wait for")
+    status = 0 if options.host else run_stages(device, options.quick, options.out, console)
+    if device.type == "cuda":
+        run_host(device, options.out, console)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
