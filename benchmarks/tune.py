@@ -297,8 +297,7 @@ def tune_fused(table: Table, stages: Sequence[str], end: float) -> set[tuple[Any
         samples = harness.time_rounds(names, needs_gpu(), **ROUNDS)
         ratio = harness.ratios(samples, AGAINST[stage])[stage]
         if ratio.median < GAIN and ratio.high < 1:
-            inner, outer = (shape.K, shape.N) if stage == "expand_fused" else (shape.N, shape.K)
-            found.add((stage, kind, shape.M, inner, outer, shape.r))
+            found.add((stage, kind, shape.M, shape.N, shape.K, shape.r))
     return found
 
 

@@ -16,6 +16,8 @@ from fastlora.kernels.launch import architecture
 FOLDER = Path(__file__).parent / "tables"
 # the smallest contraction of a tensor core
 LEAST_RANKS = 16
+# newer by number only: their tensor cores are those of Ampere
+_ALIKE = {"sm_120": "sm_80", "sm_121": "sm_80"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Table:
         rows: By stage: kind of the operands, largest rank (None: any) and the config for these;
             smaller ranks first. Kinds are "16" and "32", for the bits of all, and "mixed", for
             float32 factors over 16 bits.
-        fused: Stage, kind, M, K, N and r where one GEMM with the low-rank term in its accumulator
+        fused: Stage, kind, M, N, K and r where one GEMM with the low-rank term in its accumulator
             was measured to be faster than the product added in place.
     """
 
@@ -82,11 +84,13 @@ def config(stage: str, X: Tensor, factor: Tensor) -> Config:
     return next(c for of, most, c in rows if of == kind and (most is None or r <= most))
 
 
-def fused(stage: str, X: Tensor, N: int, factor: Tensor) -> bool:
+def fused(stage: str, X: Tensor, W: Tensor, factor: Tensor) -> bool:
     """Whether ``stage`` was measured to be faster at this shape than the product in place."""
     known = table(architecture(X.device)).fused
-    shape = (stage, _kind(X, factor), *X.shape, N, min(factor.shape))
-    return bool(known) and shape in known
+    # as when it was measured: without contiguous rows it is another kernel
+    if not (known and X.is_contiguous() and W.is_contiguous()):
+        return False
+    return (stage, _kind(X, factor), X.shape[0], *W.shape, min(factor.shape)) in known
 
 
 def _kind(X: Tensor, factor: Tensor) -> str:
@@ -108,6 +112,7 @@ def architectures() -> list[str]:
 
 def _nearest(architecture: str) -> str:
     known = architectures()
+    architecture = _ALIKE.get(architecture, architecture)
     if architecture in known:
         return architecture
     family = "sm_" if architecture.startswith("sm_") else "gfx"

@@ -66,7 +66,7 @@ def expand(
     X: Tensor, W: Tensor, bias: Tensor | None, S: Tensor, B: Tensor, layout: Layout
 ) -> Tensor:
     """Y (M, N), dtype of X, from X (M, K), W (N, K), S (M, R) and B (adapted features, r)."""
-    if fused("expand_fused", X, len(W), B) and layout.whole:
+    if fused("expand_fused", X, W, B) and layout.whole:
         return expand_fused(X, W, bias, S, B, layout)
     return expand_start(X, W.shape[0], bias, S, B, layout).addmm_(X, W.t())
 

@@ -106,7 +106,7 @@ def grad_input(dY: Tensor, W: Tensor, dS: Tensor | None, A: Tensor, mask: Tensor
     """
     if dS is None:
         return dY @ W
-    if fused("grad_input_fused", dY, W.shape[1], A):
+    if fused("grad_input_fused", dY, W, A):
         return grad_input_fused(dY, W, dS, A, mask)
     return grad_input_start(dY, dS, A, mask).addmm_(dY, W)
 

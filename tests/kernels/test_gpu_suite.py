@@ -1,6 +1,5 @@
 """The benchmarks of `make gpu` run to their end, on tiny layers in Triton's interpreter."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -36,19 +35,6 @@ def python(script, *args):
         capture_output=True,
         text=True,
     )
-
-
-def _find_benchmarks():
-    """Makes the folder importable without the root on the path, where kernels/ would shadow."""
-    if "benchmarks" not in sys.modules:
-        folder = ROOT / "benchmarks"
-        spec = importlib.util.spec_from_file_location(
-            "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
-        )
-        sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
-
-
-_find_benchmarks()
 
 
 @pytest.fixture
@@ -275,7 +261,7 @@ def test_tuning_finds_where_a_fused_product_is_faster(tmp_path):
     result = python(TUNE, "fused", "--stage", "grad_input_fused", "--out", path)
     assert result.returncode == 0, result.stderr
     new = configs.Table.parse(path.read_text())
-    # dY (M, N), then K and r
+    # M, N, K and r
     sizes = ((32, 96, 64, 16), (16, 32, 64, 16))
     assert new.fused == {
         ("grad_input_fused", kind, *shape) for kind in ("16", "mixed", "32") for shape in sizes
