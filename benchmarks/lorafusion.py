@@ -259,7 +259,7 @@ class LoRAFusion(Layer):
 
     def __init__(self, shape: Shape, inputs: Inputs) -> None:
         super().__init__(shape, inputs)
-        self.layout = Layout(*Blocks((shape.N,), (True,)).pattern)
+        self.layout = Layout(*Blocks.single(shape.N).pattern)
 
     def forward(self, x: Tensor) -> Tensor:
         factors = (self.lora_A, self.lora_B)

@@ -29,8 +29,8 @@ class Layout:
 
     @property
     def whole(self) -> bool:
-        """Whether every output feature is adapted."""
-        return self.adapted == self
+        """Whether every output feature is adapted, by blocks in one piece."""
+        return self.repeats == 1 and self.adapted == self
 
     def slabs(self, block: int) -> int:
         """Programs that cover every block, ``block`` features each, none on two blocks."""
