@@ -31,3 +31,13 @@ def backend(backend_name):
     """What leaves the choice of a backend open runs on each of these."""
     with fastlora.use_backend(backend_name):
         yield backend_name
+
+
+@pytest.fixture
+def path(request):
+    """What leaves the choice of a backend open runs on the one given, or on the usual one."""
+    name = getattr(request, "param", "auto")
+    if name != "auto" and (reason := backends.available()[name]):
+        pytest.skip(f"{name}: {reason}")
+    with fastlora.use_backend(name):
+        yield name

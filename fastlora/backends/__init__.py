@@ -124,7 +124,8 @@ def select(name: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.f
     if name == "auto":
         name = _best(device)
     backend = _named(name)
-    if backend.devices is not None and device not in backend.devices:
+    # operators give shapes without data, whatever they have kernels for
+    if backend.devices is not None and device not in (*backend.devices, "meta"):
         raise ValueError(
             f"backend: {name!r} has no kernels for tensors on {device}, expected "
             f"{' or '.join(backend.devices)}"
