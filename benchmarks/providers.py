@@ -348,7 +348,8 @@ def fastlora_with(backend: str) -> Setup:
             raise Skipped(f"not importable: {error}") from error
         if backend == "auto":
             return Case(_layer_like_loralib(fastlora, shape, inputs), inputs, quantised=True)
-        if reason := fastlora.backends.available().get(backend, "no such backend"):
+        reasons = fastlora.backends.available(inputs.x.device.type)
+        if reason := reasons.get(backend, "no such backend"):
             raise Skipped(reason)
         layer = _layer_like_loralib(fastlora, shape, inputs)
         return Case(layer, inputs, lambda: fastlora.use_backend(backend), quantised=True)
@@ -356,17 +357,12 @@ def fastlora_with(backend: str) -> Setup:
     return setup
 
 
-def usable_backends(device: str) -> Iterator[str]:
+def usable_backends(device: str) -> list[str]:
     """Names of the backends that have kernels for ``device``; Triton's interpreter is none."""
     from fastlora import backends
 
-    for name, reason in backends.available().items():
-        if reason is None and not (name == "triton" and device == "cpu"):
-            try:
-                backends.select(name, device)
-            except ValueError:
-                continue
-            yield name
+    usable = [name for name, reason in backends.available(device).items() if reason is None]
+    return [name for name in usable if (name, device) != ("triton", "cpu")]
 
 
 def fastlora_backends() -> list[str]:

@@ -160,17 +160,17 @@ def explain(layer: LoRALayer, x: Tensor | None = None) -> str:
         )
     else:
         device = (layer.weight if x is None else x).device.type
+        dtype = layer.weight.dtype if x is None else functional.compute_dtype(x)
         # convolutions and embeddings have no other path
         name = layer.backend if isinstance(layer, BlockLinear) else "reference"
-        backend = backends.select(name, device)
+        backend = backends.select(name, device, dtype)
         lines.append(f"path: {backend.name} ({backend.description()})")
-        for name, reason in backends.available().items():
+        for name, reason in backends.available(device).items():
             lines.append(f"  {name}: {'usable' if reason is None else reason}")
         p = getattr(layer.lora_dropout, "p", 0.0) if layer.lora_dropout.training else 0.0
         lines.append(f"dropout: {f'p={p}' if p else 'inactive'}")
         if x is not None:
             autocast = checks.under_autocast(x.device)
-            dtype = functional.compute_dtype(x)
             lines.append(
                 f"dtypes: {dtype} input and weight{' (autocast)' if autocast else ''}, "
                 f"{layer.lora_A.dtype} factors, on {x.device}"

@@ -21,7 +21,7 @@ from fastlora import backends
 @pytest.fixture(params=["reference", "native", "triton"])
 def backend_name(request):
     """Each of the backends for CPU tensors."""
-    if reason := backends.available()[request.param]:
+    if reason := backends.available("cpu")[request.param]:
         pytest.skip(f"{request.param}: {reason}")
     return request.param
 
@@ -37,7 +37,7 @@ def backend(backend_name):
 def path(request):
     """What leaves the choice of a backend open runs on the one given, or on the usual one."""
     name = getattr(request, "param", "auto")
-    if name != "auto" and (reason := backends.available()[name]):
+    if name != "auto" and (reason := backends.available("cpu")[name]):
         pytest.skip(f"{name}: {reason}")
     with fastlora.use_backend(name):
         yield name

@@ -102,9 +102,17 @@ class _Requested(threading.local):
 _requested = _Requested()
 
 
-def available() -> dict[str, str | None]:
-    """Each backend's name with None where it is usable here, else the reason why it is not."""
-    return {name: backend.why_not() for name, backend in _BACKENDS.items()}
+def available(device: str | None = None) -> dict[str, str | None]:
+    """Each backend's name with None where it is usable here, else the reason why it is not.
+
+    Args:
+        device: Type of the device that the tensors are on; None: that of the backend's choice.
+    """
+    found = {name: backend.why_not() for name, backend in _BACKENDS.items()}
+    if device is not None:
+        for name, reason in found.items():
+            found[name] = reason or _no_kernels(_BACKENDS[name], device)
+    return found
 
 
 def select(name: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32) -> Backend:
@@ -124,12 +132,8 @@ def select(name: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.f
     if name == "auto":
         name = _best(device)
     backend = _named(name)
-    # operators give shapes without data, whatever they have kernels for
-    if backend.devices is not None and device not in (*backend.devices, "meta"):
-        raise ValueError(
-            f"backend: {name!r} has no kernels for tensors on {device}, expected "
-            f"{' or '.join(backend.devices)}"
-        )
+    if reason := _no_kernels(backend, device):
+        raise ValueError(f"backend: {name!r} {reason}")
     if backend.dtypes is not None and dtype not in backend.dtypes:
         raise ValueError(
             f"backend: {name!r} has no kernels for {dtype}, expected "
@@ -159,6 +163,13 @@ def _best(device: str) -> str:
     if device == "cpu" and native.why_not() is None:
         return "native"
     return "reference"
+
+
+def _no_kernels(backend: Backend, device: str) -> str | None:
+    # operators give shapes without data, whatever they have kernels for
+    if backend.devices is None or device in (*backend.devices, "meta"):
+        return None
+    return f"has no kernels for tensors on {device}, expected {' or '.join(backend.devices)}"
 
 
 def check_name(name: str) -> None:

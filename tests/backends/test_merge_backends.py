@@ -17,7 +17,7 @@ from fastlora.backends.reference_merge import BITS_OF, flip_negative
 from fastlora.merge import Term
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-NO_NATIVE, NO_TRITON = (backends.available()[name] for name in ("native", "triton"))
+NO_NATIVE, NO_TRITON = (backends.available("cpu")[name] for name in ("native", "triton"))
 
 needs_native = pytest.mark.skipif(bool(NO_NATIVE), reason=f"native: {NO_NATIVE}")
 needs_triton = pytest.mark.skipif(bool(NO_TRITON), reason=f"triton: {NO_TRITON}")

@@ -13,7 +13,7 @@ USABLE = [name for name, reason in backends.available().items() if reason is Non
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 MODULES = {name: importlib.import_module(f"fastlora.backends.{name}") for name in USABLE}
 PATHS = [
-    (b, d)
+    pytest.param((b, d), id=f"{b} on {d}", marks=[pytest.mark.gpu] * (d != "cpu"))
     for b, module in MODULES.items()
     for d in module.devices or DEVICES
     # the interpreter would take an hour; test_triton.py has what it can do
@@ -46,7 +46,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=PATHS, ids=" on ".join)
+@pytest.fixture(params=PATHS)
 def path(request):
     backend, device = request.param
     return {"backend": backend, "device": device}

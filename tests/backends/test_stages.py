@@ -35,9 +35,12 @@ PATHS = {
     "native": (native, None, torch.float64),
     "triton": (triton, None, torch.float32),
 }
+ON_GPU = ["triton"] * torch.cuda.is_available()
 
 
-@pytest.fixture(params=PATHS)
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.gpu] * (name in ON_GPU)) for name in PATHS]
+)
 def stages(request, monkeypatch):
     module, block_elements, dtype = PATHS[request.param]
     if reason := module.why_not():
@@ -46,7 +49,8 @@ def stages(request, monkeypatch):
     monkeypatch.setitem(WIDEST, "dtype", dtype)
     if block_elements:
         monkeypatch.setattr(reference, "_BLOCK_ELEMENTS", block_elements)
-    return module
+    with torch.device("cuda" if request.param in ON_GPU else "cpu"):
+        yield module
 
 
 WIDEST = {"dtype": torch.float64}
@@ -54,7 +58,8 @@ WIDEST = {"dtype": torch.float64}
 
 def integers(*shape, dtype=None):
     generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randint(-4, 5, shape, generator=generator).to(dtype or WIDEST["dtype"])
+    drawn = torch.randint(-4, 5, shape, generator=generator, device="cpu")
+    return drawn.to(torch.get_default_device(), dtype or WIDEST["dtype"])
 
 
 def layout(name, N):

@@ -9,8 +9,11 @@ from fastlora import dropout, testing
 from fastlora.backends import triton
 from fastlora.blocks import Blocks
 
-pytestmark = pytest.mark.skipif(bool(triton.why_not()), reason=f"triton: {triton.why_not()}")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [
+    pytest.mark.skipif(bool(triton.why_not()), reason=f"triton: {triton.why_not()}"),
+    *[pytest.mark.gpu] * (DEVICE == "cuda"),
+]
 
 DTYPES = {
     "fp32": (torch.float32, None),

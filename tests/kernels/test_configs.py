@@ -14,6 +14,7 @@ from fastlora.kernels.launch import launch  # noqa: E402
 from fastlora.kernels.layout import Layout, slab  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] * (DEVICE == "cuda")
 STAGES = ("shrink", "expand", "grad_expand", "grad_shrink", "grad_input", "delta")
 FUSED = ("expand_fused", "grad_input_fused")
 FACTORS = {"16": torch.bfloat16, "mixed": torch.float32, "32": torch.float32}
