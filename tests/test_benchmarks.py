@@ -38,6 +38,28 @@ def test_layer_benchmark(terminal, size, tmp_path):
     assert "| fastlora |" in (tmp_path / "layer.md").read_text()
 
 
+MERGE = """
+from benchmarks import bench_merge
+
+bench_merge.LAYERS = ((96, 64), (64, 96), (1, 1))
+bench_merge.main()
+"""
+
+
+def test_merge_benchmark(tmp_path):
+    command = [sys.executable, "-c", MERGE, "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "× PEFT" in result.stdout
+    record = json.loads((tmp_path / "merge.json").read_text())
+    measured = {(row["provider"], row["operation"]) for row in record["rows"]}
+    providers, operations = {"plain PyTorch", "PEFT", "fastlora"}, {"merge", "switch", "unmerge"}
+    assert measured >= {(p, o) for p in providers for o in operations}
+    assert all(row["seconds"]["median"] > 0 for row in record["rows"])
+    assert {r["changed"] for r in record["results"] if r["provider"] == "fastlora"} == {0}
+    assert "| fastlora |" in (tmp_path / "merge.md").read_text()
+
+
 # few tokens and many threads: whatever a thread keeps for itself counts most there
 PEAKS = """
 import torch
