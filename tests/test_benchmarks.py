@@ -1,4 +1,4 @@
-"""The layer benchmark runs to its end, on small layers, with rich and without."""
+"""The benchmarks run to their end, on small layers; what they say of peak memory holds anywhere."""
 
 import json
 import subprocess
@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from fastlora.backends import native
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,3 +36,55 @@ def test_layer_benchmark(terminal, size, tmp_path):
     assert {"frozen linear", "loralib", "PEFT", "fastlora"} <= measured
     assert all(row["seconds"]["median"] > 0 for row in record["rows"])
     assert "| fastlora |" in (tmp_path / "layer.md").read_text()
+
+
+MERGE = """
+from benchmarks import bench_merge
+
+bench_merge.LAYERS = ((96, 64), (64, 96), (1, 1))
+bench_merge.main()
+"""
+
+
+def test_merge_benchmark(tmp_path):
+    command = [sys.executable, "-c", MERGE, "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "× PEFT" in result.stdout
+    record = json.loads((tmp_path / "merge.json").read_text())
+    measured = {(row["provider"], row["operation"]) for row in record["rows"]}
+    providers, operations = {"plain PyTorch", "PEFT", "fastlora"}, {"merge", "switch", "unmerge"}
+    assert measured >= {(p, o) for p in providers for o in operations}
+    assert all(row["seconds"]["median"] > 0 for row in record["rows"])
+    assert {r["changed"] for r in record["results"] if r["provider"] == "fastlora"} == {0}
+    assert "| fastlora |" in (tmp_path / "merge.md").read_text()
+
+
+# few tokens and many threads: whatever a thread keeps for itself counts most there
+PEAKS = """
+import torch
+from benchmarks import memory, providers, shapes
+
+cpu = torch.device("cpu")
+for threads in (1, 2, 16):
+    torch.set_num_threads(threads)
+    for shape in shapes.cpu_shapes(quick=False):
+        if shape.M != min(shapes.CPU_TOKENS):
+            continue
+        inputs = providers.Inputs.make(shape, cpu)
+        peak = {}
+        for name in ("loralib", "fastlora"):
+            case = providers.providers()[name](shape, inputs)
+            case.step()
+            peak[name] = memory.peak_bytes(case.step, cpu)
+        assert peak["fastlora"] < peak["loralib"], (threads, shape, peak)
+"""
+
+
+def test_peak_memory_is_below_loralibs():
+    pytest.importorskip("loralib")
+    if native.why_not():
+        pytest.skip(f"native: {native.why_not()}")
+    command = [sys.executable, "-c", PEAKS]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -11,7 +11,8 @@ void grad_shrink(Packed dS, int64_t R, const Matrix& X, Mask mask, Packed dA, in
                  int64_t end) {
   using C = Wide<T>;
   alignas(64) C tile[kTileRows * kTileStride<C>];
-  for (int64_t i = begin; i < end; i += kTileRows) {
+  // once at least: a sum over no rows is zero
+  for (int64_t i = begin; i == begin || i < end; i += kTileRows) {
     const int64_t rows = std::min(kTileRows, end - i);
     for (int64_t k = 0; k < X.cols; k += kTileColumns) {
       const int64_t width = std::min(kTileColumns, X.cols - k);

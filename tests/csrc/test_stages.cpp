@@ -417,7 +417,7 @@ void test_grad_shrink(const Stages& stages, Dtype dtype, const Case& of, Layout 
   Drawn drawn(M, K, t, N);
   in_parts(M, [&, K = K, r = r](int64_t begin, int64_t end) {
     stages.grad_shrink(dS.packed(), r, X.view(), drawn.mask(), dA.packed(), begin, end);
-    for (int64_t l = 0; l < r && end > begin; ++l)
+    for (int64_t l = 0; l < r; ++l)
       for (int64_t k = 0; k < K; ++k) {
         double sum = 0;
         for (int64_t i = begin; i < end; ++i) sum += dS.at(i, l) * drawn.keeps(i, k) * X.at(i, k);
