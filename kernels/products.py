@@ -8,7 +8,9 @@ How, is the ``PRECISION`` of a kernel:
 - ``"tf32x3"``, float32 factors over 16 bits: all is widened, and the product is as exact as in
   float32, which is what the gradients of such factors are delivered in.
 - ``"tf32"`` for the same where the result is rounded to 16 bits in the end.
-- ``"ieee"`` or ``"tf32"``, float32 throughout: as PyTorch is set for its own products.
+- ``"ieee"`` or ``"tf32"``, float32 throughout: as PyTorch is set for its own products. Triton 3.6
+  does not heed it on sm_100 where 64 features of X are a tile of :mod:`grad_shrink
+  <fastlora.kernels.grad_shrink>`: the table has smaller ones.
 """
 
 import torch

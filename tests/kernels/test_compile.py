@@ -74,6 +74,15 @@ def test_products_of_16_bits_are_on_tensor_cores(compiled):
             assert found.get("LDGSTS"), (stage, where)
 
 
+def test_float32_is_not_rounded_for_tensor_cores(compiled):
+    """Unless PyTorch is told so; a compiler may take TF32 where it was asked not to."""
+    _, kernels = compiled
+    for (stage, dtype, *where), kernel in kernels.items():
+        if dtype == "fp32":
+            found = kernel["instructions"]
+            assert not any(found.get(op) for op in ("HMMA", "HGMMA", "UTCHMMA")), (stage, where)
+
+
 def test_the_base_products_use_what_the_chip_has(compiled):
     architecture, kernels = compiled
     expected = {
