@@ -317,6 +317,7 @@ def as_text(table: Table, programs: int) -> str:
     return (
         "{\n"
         f' "origin": {json.dumps(table.origin, ensure_ascii=False)},\n'
+        f' "measured": {json.dumps(table.measured)},\n'
         f' "programs": {programs},\n'
         ' "rows": [\n  ' + ",\n  ".join(rows) + "\n ],\n"
         ' "fused": [' + ("\n  " + ",\n  ".join(shapes) + "\n " if shapes else "") + "]\n}\n"
@@ -366,7 +367,10 @@ def main() -> None:
     said = origin(device, len(best), total, present.origin)
     # as many as most rows have, so that few rows say it
     counts = [c.programs for of_stage in table.rows.values() for *_, c in of_stage]
-    text = as_text(replace(table, origin=said, fused=frozenset(kept)), statistics.mode(counts))
+    table = replace(
+        table, origin=said, measured=present.measured or bool(best), fused=frozenset(kept)
+    )
+    text = as_text(table, statistics.mode(counts))
     assert Table.parse(text).rows == table.rows
     path.write_text(text, encoding="utf-8")
     console.print(f"{len(best)} of {len(chosen)} rows measured, {len(kept)} shapes fused: {path}")

@@ -166,7 +166,9 @@ def explain(layer: LoRALayer, x: Tensor | None = None) -> str:
         backend = backends.select(name, device, dtype)
         lines.append(f"path: {backend.name} ({backend.description()})")
         for name, reason in backends.available(device).items():
-            lines.append(f"  {name}: {'usable' if reason is None else reason}")
+            if reason is None and (not_alone := backends.passed_over(name, device)):
+                reason = f"usable by name: {not_alone}"
+            lines.append(f"  {name}: {reason or 'usable'}")
         p = getattr(layer.lora_dropout, "p", 0.0) if layer.lora_dropout.training else 0.0
         lines.append(f"dropout: {f'p={p}' if p else 'inactive'}")
         if x is not None:

@@ -55,6 +55,7 @@ class Table:
 
     Args:
         origin: Where they came from: which device and when, or what reasoning.
+        measured: Kernels were timed with them, and their results compared, on such a device.
         rows: By stage: kind of the operands, largest rank (None: any) and the config for these;
             smaller ranks first. Kinds are "16" and "32", for the bits of all, and "mixed", for
             float32 factors over 16 bits.
@@ -63,6 +64,7 @@ class Table:
     """
 
     origin: str
+    measured: bool
     rows: dict[str, tuple[tuple[str, int | None, Config], ...]]
     fused: frozenset[tuple[str, str, int, int, int, int]]
 
@@ -74,7 +76,8 @@ class Table:
         for stage, kind, rank, sizes in found["rows"]:
             entry = (kind, rank, Config(**{"programs": found["programs"], **sizes}))
             rows[stage] = (*rows.get(stage, ()), entry)
-        return cls(found["origin"], rows, frozenset(tuple(shape) for shape in found["fused"]))
+        fused = frozenset(tuple(shape) for shape in found["fused"])
+        return cls(found["origin"], found["measured"], rows, fused)
 
 
 def config(stage: str, X: Tensor, factor: Tensor) -> Config:
@@ -105,6 +108,12 @@ def table(architecture: str) -> Table:
     return Table.parse((FOLDER / f"{_nearest(architecture)}.json").read_text())
 
 
+def measured(architecture: str) -> bool:
+    """Whether the kernels were measured on this architecture itself."""
+    return architecture in architectures() and table(architecture).measured
+
+
+@lru_cache
 def architectures() -> list[str]:
     """Those that have a table."""
     return sorted(path.stem for path in FOLDER.glob("*.json"))

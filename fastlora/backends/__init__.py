@@ -130,7 +130,7 @@ def select(name: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.f
     if name == "auto":
         name = _requested.name
     if name == "auto":
-        name = _best(device)
+        name = _best(device, dtype)
     backend = _named(name)
     if reason := _no_kernels(backend, device):
         raise ValueError(f"backend: {name!r} {reason}")
@@ -158,11 +158,16 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.name = outer
 
 
-def _best(device: str) -> str:
-    # not "triton" on a GPU, where it has not run yet: it is chosen by name
+def passed_over(name: str, device: str) -> str | None:
+    """Why "auto" does not take a backend that is usable for tensors on ``device``, or None."""
+    return triton.why_not_alone() if (name, device) == ("triton", "cuda") else None
+
+
+def _best(device: str, dtype: torch.dtype) -> str:
     if device == "cpu" and native.why_not() is None:
         return "native"
-    return "reference"
+    usable = device == "cuda" and dtype in triton.dtypes and triton.why_not() is None
+    return "triton" if usable and passed_over("triton", device) is None else "reference"
 
 
 def _no_kernels(backend: Backend, device: str) -> str | None:

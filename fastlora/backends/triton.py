@@ -30,21 +30,41 @@ dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
 def why_not() -> str | None:
     """None where Triton is installed and there is a GPU, else what is missing."""
-    if find_spec("triton") is None:
+    if not _installed():
         return "needs the package 'triton', which is not installed"
     if not (torch.cuda.is_available() or _interpreted()):
         return "there is no CUDA or ROCm device"
     return None
 
 
+@lru_cache
+def _installed() -> bool:
+    return find_spec("triton") is not None
+
+
 def description() -> str:
     """Where it runs the kernels, and where their tile sizes come from."""
-    from fastlora.kernels import configs, launch
+    from fastlora.kernels import configs
 
     if not torch.cuda.is_available():
         return "Triton's interpreter"
-    architecture = launch.architecture(torch.device("cuda", torch.cuda.current_device()))
+    architecture = _architecture()
     return f"{architecture}, tiles: {configs.table(architecture).origin}"
+
+
+def why_not_alone() -> str | None:
+    """None where ``auto`` takes it, which is where it was measured, else why not."""
+    from fastlora.kernels import configs
+
+    if not torch.cuda.is_available() or configs.measured(_architecture()):
+        return None
+    return f"its kernels were not measured on {_architecture()} yet"
+
+
+def _architecture() -> str:
+    from fastlora.kernels import launch
+
+    return launch.architecture(torch.device("cuda", torch.cuda.current_device()))
 
 
 def _forward(
@@ -173,6 +193,10 @@ def _layout(splits: tuple[int, ...], enabled: tuple[bool, ...], interleave: int)
 
     return Layout(*Blocks(splits, enabled, interleave).pattern)
 
+
+for _answer in (why_not, why_not_alone):
+    # as torch.compiler.assume_constant_result does, which would import Dynamo, and Triton with it
+    _answer._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 _library = define("fastlora_triton")
 for _stage in (

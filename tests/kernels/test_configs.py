@@ -1,6 +1,7 @@
 """Tables of tiles, and where the blocks of a layer lie."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 
+from fastlora import backends  # noqa: E402
+from fastlora.backends import triton as backend  # noqa: E402
 from fastlora.blocks import Blocks  # noqa: E402
 from fastlora.kernels import configs, expand, gemm  # noqa: E402
 from fastlora.kernels.launch import launch  # noqa: E402
@@ -44,7 +47,9 @@ def test_every_stage_has_a_config_for_every_rank(architecture, kind, monkeypatch
 def test_the_smallest_row_that_takes_the_rank_is_chosen(monkeypatch):
     row = {"BLOCK_M": 16, "BLOCK_N": 0, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
     rows = [["shrink", "32", most, row | {"BLOCK_M": m}] for most, m in [(8, 16), (None, 64)]]
-    text = json.dumps({"origin": "here", "programs": 7, "rows": rows, "fused": []})
+    text = json.dumps(
+        {"origin": "here", "measured": False, "programs": 7, "rows": rows, "fused": []}
+    )
     table = configs.Table.parse(text)
     monkeypatch.setattr(configs, "table", lambda architecture: table)
     sizes = [configs.config("shrink", *operands("32", r)).BLOCK_M for r in (1, 8, 9, 200)]
@@ -70,11 +75,27 @@ def test_an_architecture_without_a_table_takes_one_of_its_family(architecture, e
     assert configs.table(architecture) == configs.table(expected)
 
 
+@pytest.mark.parametrize("measured", [True, False])
+def test_auto_takes_triton_on_a_gpu_that_it_was_measured_on(measured, monkeypatch):
+    table = replace(configs.table("sm_90"), measured=measured)
+    monkeypatch.setattr(configs, "table", lambda architecture: table)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for architecture, expected in (("sm_90", measured), ("sm_86", False)):
+        monkeypatch.setattr(backend, "_architecture", lambda name=architecture: name)
+        chosen = "triton" if expected else "reference"
+        assert backends.select("auto", "cuda", torch.bfloat16).name == chosen
+        assert backends.select("auto", "cuda", torch.float64).name == "reference"
+        reason = backends.passed_over("triton", "cuda")
+        assert reason is None if expected else f"not measured on {architecture}" in reason
+        # by name it always does
+        assert backends.select("triton", "cuda", torch.bfloat16).name == "triton"
+
+
 @pytest.mark.parametrize("defect", ["shape", "X", "W", None])
 def test_a_fused_product_is_taken_only_as_it_was_measured(defect, monkeypatch):
     table = configs.table("interpreter")
     known = frozenset({("expand_fused", "32", 6, 8, 4, 2)})
-    table = configs.Table(table.origin, table.rows, known)
+    table = replace(table, fused=known)
     monkeypatch.setattr(configs, "table", lambda architecture: table)
     taken = []
     monkeypatch.setattr(expand, "expand_fused", lambda *operands: taken.append(True))

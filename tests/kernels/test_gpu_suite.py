@@ -250,6 +250,7 @@ def test_tuning(stage, case, tmp_path):
     measured = "3 of 3" if case == "right" else "0 of 3"
     assert f"{measured} rows measured" in result.stdout
     assert new.origin.endswith(old.origin)
+    assert new.measured == (case == "right")
     if case == "right":
         assert "grad_expand 16 None: 0.250 × the time before" in result.stdout
 
