@@ -1,0 +1,291 @@
+// Every stage of csrc/cuda on the emulated device, against plain loops over doubles.
+//
+// Operands are small integers and factors powers of two, so that sums are exact in any order and
+// comparisons are for equality; how sums of other numbers are rounded is tested at the end. All
+// that is no element of an operand is NaN, and stays what it was. Buffers have the size that a
+// stage may touch, for AddressSanitizer to see the first byte beyond. Each stage runs twice, as
+// threads come in another order each time. Prints what was run.
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "fastlora/dropout.cuh"
+#include "fastlora/numbers.cuh"
+#include "fastlora/stages.h"
+
+using namespace fastlora::cuda;
+
+namespace {
+
+#define CHECK(condition)                                                                   \
+  do {                                                                                     \
+    if (condition) break;                                                                  \
+    std::fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, what.c_str(), #condition); \
+    std::exit(1);                                                                          \
+  } while (false)
+
+// what is being tested: stage, dtypes, sizes
+std::string what;
+std::mt19937 generator;
+int draw_integer(int least, int most) {
+  return std::uniform_int_distribution<int>(least, most)(generator);
+}
+// of the device, too, so that the order of threads is another
+const auto& fiber_device = fastlora::emulation::device;
+
+// ---- numbers ------------------------------------------------------------------------------------
+
+int64_t size_of(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+const char* name_of(Dtype dtype) {
+  const char* names[] = {"f32", "bf16", "f16"};
+  return names[int(dtype)];
+}
+
+double read(Dtype dtype, const void* p) { return load(p, dtype, 0); }
+void write(Dtype dtype, void* p, double x) { store(p, dtype, 0, float(x)); }
+double rounded(Dtype dtype, double x) {
+  float place;
+  write(dtype, &place, x);
+  return read(dtype, &place);
+}
+bool same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }
+
+// ---- matrices -----------------------------------------------------------------------------------
+
+// NaN in every dtype
+constexpr char kCanary = char(0xFF);
+
+enum Layout2 { kDense, kPadded, kOdd, kTransposed, kSpread, kBackwards, kLayouts };
+
+// A matrix in memory of its own.
+struct Grid {
+  Dtype dtype;
+  int64_t rows, cols, row_stride, col_stride, first = 0;
+  std::vector<char> bytes;
+
+  Grid(Dtype dtype, int64_t rows, int64_t cols, int layout = kDense)
+      : dtype(dtype), rows(rows), cols(cols), row_stride(cols), col_stride(1) {
+    if (layout == kPadded) row_stride = cols + 8, first = 8;
+    if (layout == kOdd) row_stride = cols + 3, first = 1;
+    if (layout == kTransposed) row_stride = 1, col_stride = rows;
+    if (layout == kSpread) row_stride = 3 * cols + 2, col_stride = 3;
+    if (layout == kBackwards)
+      row_stride = -cols, col_stride = -1, first = std::max<int64_t>(0, rows * cols - 1);
+    const int64_t last = std::max<int64_t>(0, (rows - 1) * row_stride + (cols - 1) * col_stride);
+    bytes.assign(rows && cols ? (first + 1 + last) * size_of(dtype) : 0, kCanary);
+  }
+
+  char* data() { return bytes.empty() ? nullptr : bytes.data() + first * size_of(dtype); }
+  char* place(int64_t i, int64_t j) {
+    return data() + (i * row_stride + j * col_stride) * size_of(dtype);
+  }
+  double at(int64_t i, int64_t j) { return read(dtype, place(i, j)); }
+  Matrix view() { return {data(), dtype, rows, cols, row_stride, col_stride}; }
+  float* floats() { return reinterpret_cast<float*>(data()); }
+
+  Grid& fill(const std::function<double(int64_t, int64_t)>& value) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < cols; ++j) write(dtype, place(i, j), value(i, j));
+    return *this;
+  }
+  Grid& fill_with_integers() {
+    return fill([](int64_t, int64_t) { return draw_integer(-2, 2); });
+  }
+
+  // that the elements are these values, each rounded once, and that nothing else was written
+  void check(const std::function<double(int64_t, int64_t)>& expected) {
+    std::vector<char> rest = bytes;
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < cols; ++j) {
+        CHECK(same(at(i, j), rounded(dtype, expected(i, j))));
+        std::memset(rest.data() + (place(i, j) - bytes.data()), kCanary, size_of(dtype));
+      }
+    for (const char byte : rest) CHECK(byte == kCanary);
+  }
+};
+
+// Runs a stage on outputs that it has not seen, twice; the bits must be the same.
+void twice(const std::vector<Grid*>& outputs, size_t workspace,
+           const std::function<cudaError_t(void* workspace)>& stage) {
+  std::vector<std::vector<char>> fresh, bits;
+  for (Grid* out : outputs) fresh.push_back(out->bytes);
+  for (int run = 0; run < 2; ++run) {
+    std::vector<char> room(workspace, kCanary);
+    for (size_t i = 0; i < outputs.size(); ++i) outputs[i]->bytes = fresh[i];
+    CHECK(stage(room.data()) == cudaSuccess);
+    for (size_t i = 0; i < outputs.size(); ++i)
+      if (run)
+        CHECK(outputs[i]->bytes == bits[i]);
+      else
+        bits.push_back(outputs[i]->bytes);
+  }
+}
+
+// ---- dropout ------------------------------------------------------------------------------------
+
+constexpr int64_t kSeed = 0x123456789ABCDEF0;
+const uint32_t kThresholds[] = {0, 6554, 32768, 65536};
+
+// As the paper has it, one word at a time.
+struct Words {
+  uint32_t w[4];
+};
+Words plain_philox(Words c, uint32_t k0, uint32_t k1) {
+  for (int round = 0; round < 7; ++round) {
+    const uint64_t p0 = uint64_t(0xD2511F53) * c.w[0], p1 = uint64_t(0xCD9E8D57) * c.w[2];
+    c = {{uint32_t(p1 >> 32) ^ c.w[1] ^ k0, uint32_t(p1), uint32_t(p0 >> 32) ^ c.w[3] ^ k1,
+          uint32_t(p0)}};
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+  return c;
+}
+
+uint8_t plain_byte(uint64_t index, int64_t seed, uint32_t t) {
+  const Words words = plain_philox({{uint32_t(index), uint32_t(index >> 32), 0, 0}}, uint32_t(seed),
+                                   uint32_t(uint64_t(seed) >> 32));
+  uint8_t byte = 0;
+  for (int b = 0; b < 8; ++b) byte |= (words.w[b / 2] >> 16 * (b % 2) & 0xFFFF) >= t ? 1 << b : 0;
+  return byte;
+}
+
+// The packed mask, as fastlora/dropout.py describes it.
+struct Bits {
+  int64_t M, K, row_bytes;
+  std::vector<uint8_t> bytes;
+
+  Bits(int64_t M, int64_t K, uint32_t t) : M(M), K(K), row_bytes(mask_bytes(K)) {
+    for (int64_t i = 0; i < M * row_bytes; ++i) {
+      const int64_t inside = std::min<int64_t>(8, std::max<int64_t>(0, K - i % row_bytes * 8));
+      bytes.push_back(plain_byte(uint64_t(i), kSeed, t) & ((1 << inside) - 1));
+    }
+  }
+  bool at(int64_t i, int64_t k) const { return bytes[i * row_bytes + k / 8] >> k % 8 & 1; }
+};
+
+void test_known_answers() {
+  what = "philox";
+  const uint32_t ones = 0xFFFFFFFF;
+  const struct {
+    Words counter;
+    uint32_t k0, k1;
+    Words words;
+  } published[] = {
+      {{{0, 0, 0, 0}}, 0, 0, {{0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48}}},
+      {{{ones, ones, ones, ones}}, ones, ones, {{0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662}}},
+      {{{0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344}},
+       0xA4093822,
+       0x299F31D0,
+       {{0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A}}},
+  };
+  for (const auto& [c, k0, k1, words] : published) {
+    const uint4 found = philox({c.w[0], c.w[1], c.w[2], c.w[3]}, {k0, k1});
+    const Words plain = plain_philox(c, k0, k1);
+    CHECK(found.x == words.w[0] && found.y == words.w[1]);
+    CHECK(found.z == words.w[2] && found.w == words.w[3]);
+    CHECK(!std::memcmp(&plain, &words, sizeof plain));
+  }
+}
+
+void test_bytes_of_the_mask() {
+  what = "bytes of the mask";
+  const uint4 ones = {0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF};
+  const auto check = [&](const Dropped& dropped, uint8_t byte) {
+    CHECK(uint8_t(byte_of(dropped)) == byte);
+    const uint4 kept = dropped.keep(ones);
+    const uint32_t words[] = {kept.x, kept.y, kept.z, kept.w};
+    for (int b = 0; b < 8; ++b)
+      CHECK((words[b / 2] >> 16 * (b % 2) & 0xFFFF) == (byte >> b & 1 ? 0xFFFF : 0));
+  };
+  for (int byte = 0; byte < 256; ++byte) check(dropped_by(byte), uint8_t(byte));
+  // on both sides of where the index takes more than 32 bits
+  const uint64_t boundary = uint64_t(1) << 32;
+  for (const uint32_t t : {0u, 1u, 6554u, 32767u, 32768u, 32769u, 65535u, 65536u})
+    for (uint64_t index = boundary - 500; index < boundary + 500; ++index)
+      check(draw(index, halves(uint64_t(kSeed)), limit_of(t)), plain_byte(index, kSeed, t));
+  // a lane that is the threshold itself is kept
+  for (int b = 0; b < 8; ++b) {
+    const uint32_t lane = plain_philox({}, 0, 0).w[b / 2] >> 16 * (b % 2) & 0xFFFF;
+    CHECK(byte_of(draw(0, {}, limit_of(lane))) >> b & 1);
+    CHECK(!(byte_of(draw(0, {}, limit_of(lane + 1))) >> b & 1));
+  }
+}
+
+// ---- stages -------------------------------------------------------------------------------------
+
+struct Dtypes {
+  Dtype X, factors;
+};
+const Dtypes kDtypes[] = {{Dtype::bf16, Dtype::bf16},
+                          {Dtype::f16, Dtype::f16},
+                          {Dtype::f32, Dtype::f32},
+                          {Dtype::bf16, Dtype::f32},
+                          {Dtype::f16, Dtype::f32}};
+
+constexpr float kC = 0.5f, kScale = 4;
+const Factor kFactor = {kC, &kScale};
+
+void test_shrink(Dtypes dtypes, int64_t M, int64_t K, int64_t R, uint32_t t, int layout) {
+  Grid X(dtypes.X, M, K, layout), A(dtypes.factors, R, K, layout), S(Dtype::f32, M, R);
+  X.fill_with_integers();
+  A.fill_with_integers();
+  const Bits bits(M, K, t);
+  // one float for four bytes of the mask
+  Grid mask(Dtype::f32, t ? M : 0, bits.row_bytes / 4);
+  if (t >= 65536 && M && K) write(dtypes.X, X.place(0, 0), NAN);
+  twice({&S, &mask}, shrink_workspace(X.view(), A.view()), [&](void* workspace) {
+    return shrink(X.view(), A.view(), kFactor, t, &kSeed, reinterpret_cast<uint8_t*>(mask.data()),
+                  S.floats(), workspace, nullptr);
+  });
+  S.check([&](int64_t i, int64_t r) {
+    double sum = 0;
+    for (int64_t k = 0; k < K; ++k)
+      if (!t || bits.at(i, k)) sum += X.at(i, k) * A.at(r, k);
+    return kC * kScale * sum;
+  });
+  const auto drawn = mask.bytes.begin();
+  CHECK(!t || std::equal(bits.bytes.begin(), bits.bytes.end(), drawn,
+                         [](uint8_t a, char b) { return a == uint8_t(b); }));
+}
+
+std::string sizes(std::initializer_list<int64_t> numbers) {
+  std::string text;
+  for (const int64_t n : numbers) text += " " + std::to_string(n);
+  return text;
+}
+
+void test_shrinks() {
+  const auto run = [](Dtypes dtypes, int64_t M, int64_t K, int64_t R, uint32_t t, int layout) {
+    what = std::string("shrink ") + name_of(dtypes.X) + " " + name_of(dtypes.factors) +
+           " M, K, R, t, layout:" + sizes({M, K, R, t, layout});
+    test_shrink(dtypes, M, K, R, t, layout);
+  };
+  for (const Dtypes& dtypes : kDtypes) {
+    for (const int64_t R : {1, 3, 8, 16, 33, 64, 100}) run(dtypes, 37, 136, R, 6554, kDense);
+    for (const int64_t K : {0, 8, 24, 33, 1032, 2184}) run(dtypes, 5, K, 9, 32768, kDense);
+    for (const int64_t M : {0, 1, 32, 70}) run(dtypes, M, 160, 24, 6554, kPadded);
+    for (const uint32_t t : kThresholds)
+      for (const int layout : {kDense, kPadded}) run(dtypes, 33, 264, 16, t, layout);
+    for (int layout = 0; layout < kLayouts; ++layout) run(dtypes, 19, 40, 5, 6554, layout);
+    run(dtypes, 9, 40, 0, 6554, kDense);
+  }
+}
+
+}  // namespace
+
+int main() {
+  test_known_answers();
+  test_bytes_of_the_mask();
+  test_shrinks();
+  std::printf("%lld launches, %lld threads\n", (long long)fiber_device.launches,
+              (long long)fiber_device.threads);
+}
