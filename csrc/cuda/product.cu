@@ -1,4 +1,6 @@
 // out = c left right + bias: tiles in shared memory, 4 x 4 elements of the product a thread.
+#include <algorithm>
+
 #include "fastlora/dropout.cuh"
 #include "fastlora/numbers.cuh"
 #include "fastlora/product.cuh"
@@ -10,7 +12,8 @@ namespace {
 constexpr int kDepth = 16, kEach = 4;
 
 __device__ int64_t place(const View& m, int64_t row, int64_t col) {
-  const int64_t column = m.period ? col / m.width * m.period + col % m.width : col;
+  const int64_t column =
+      m.period ? int64_t(int(col) / m.width) * m.period + int(col) % m.width : col;
   return row * m.row_stride + column * m.col_stride;
 }
 
@@ -18,20 +21,29 @@ __device__ bool kept(const View& m, int64_t row, int64_t col) {
   return !m.mask || m.mask[row * m.row_bytes + col / 8] >> col % 8 & 1;
 }
 
-__device__ float read(const View& m, int64_t row, int64_t col) {
-  return kept(m, row, col) ? load(m.data, m.dtype, place(m, row, col)) : 0;
+// Fills a tile; neighbouring threads read along the dimension whose elements lie closer.
+template <class T, int Rows, int Cols, int Threads, bool RowsAreInner>
+__device__ void fill_from(float* tile, const View& m, int64_t row, int64_t col, int64_t rows,
+                          int64_t cols) {
+  const bool down = m.row_stride < m.col_stride;
+#pragma unroll 4
+  for (int e = threadIdx.x; e < Rows * Cols; e += Threads) {
+    const int i = down ? e % Rows : e / Cols, j = down ? e / Rows : e % Cols;
+    const bool exists = row + i < rows && col + j < cols && kept(m, row + i, col + j);
+    const float x = exists ? float(static_cast<const T*>(m.data)[place(m, row + i, col + j)]) : 0;
+    tile[RowsAreInner ? j * (Rows + kEach) + i : i * (Cols + kEach) + j] = x;
+  }
 }
 
-// Fills a tile; neighbouring threads read along the dimension whose elements lie closer.
 template <int Rows, int Cols, int Threads, bool RowsAreInner>
 __device__ void fill(float* tile, const View& m, int64_t row, int64_t col, int64_t rows,
                      int64_t cols) {
-  const bool down = m.row_stride < m.col_stride;
-  for (int e = threadIdx.x; e < Rows * Cols; e += Threads) {
-    const int i = down ? e % Rows : e / Cols, j = down ? e / Rows : e % Cols;
-    const float x = row + i < rows && col + j < cols ? read(m, row + i, col + j) : 0;
-    tile[RowsAreInner ? j * (Rows + kEach) + i : i * (Cols + kEach) + j] = x;
-  }
+  if (m.dtype == Dtype::f32)
+    fill_from<float, Rows, Cols, Threads, RowsAreInner>(tile, m, row, col, rows, cols);
+  else if (m.dtype == Dtype::bf16)
+    fill_from<__nv_bfloat16, Rows, Cols, Threads, RowsAreInner>(tile, m, row, col, rows, cols);
+  else
+    fill_from<__half, Rows, Cols, Threads, RowsAreInner>(tile, m, row, col, rows, cols);
 }
 
 template <int BlockM, int BlockN>
@@ -41,8 +53,8 @@ __global__ void __launch_bounds__(BlockM* BlockN / (kEach * kEach))
   constexpr int kThreads = BlockM * BlockN / (kEach * kEach), kAcross = BlockN / kEach;
   float* of_left = shared_memory<float>();
   float* of_right = of_left + kDepth * (BlockM + kEach);
-  const int64_t tiles_n = blocks_of(N, BlockN);
-  const int64_t m = blockIdx.x / tiles_n * BlockM, n = blockIdx.x % tiles_n * BlockN;
+  const unsigned tiles_n = unsigned(blocks_of(N, BlockN));
+  const int64_t m = int64_t(blockIdx.x / tiles_n) * BlockM, n = blockIdx.x % tiles_n * BlockN;
   const int i = threadIdx.x / kAcross * kEach, j = threadIdx.x % kAcross * kEach;
   const int64_t begin = blockIdx.y * chunk, end = begin + chunk < L ? begin + chunk : L;
   float sum[kEach][kEach] = {};
@@ -66,18 +78,25 @@ __global__ void __launch_bounds__(BlockM* BlockN / (kEach * kEach))
       for (int b = 0; b < kEach; ++b) sum[a][b] += part[a][b];
     __syncthreads();
   }
-  const float scale = value(c);
+  // through shared memory, for neighbouring threads to write neighbours
+  float* sums = shared_memory<float>();
 #pragma unroll
   for (int a = 0; a < kEach; ++a)
 #pragma unroll
-    for (int b = 0; b < kEach; ++b) {
-      const int64_t row = m + i + a, col = n + j + b;
-      if (row >= M || col >= N) continue;
-      float x = scale * sum[a][b];
-      if (bias.data) x += read(bias, 0, col);
-      store(out.data, out.dtype, blockIdx.y * distance + place(out, row, col),
-            kept(out, row, col) ? x : 0);
-    }
+    for (int b = 0; b < kEach; ++b) sums[(i + a) * (BlockN + 1) + j + b] = sum[a][b];
+  __syncthreads();
+  const float scale = value(c);
+  const bool down = out.row_stride < out.col_stride;
+#pragma unroll 1
+  for (int e = threadIdx.x; e < BlockM * BlockN; e += kThreads) {
+    const int a = down ? e % BlockM : e / BlockN, b = down ? e / BlockM : e % BlockN;
+    const int64_t row = m + a, col = n + b;
+    if (row >= M || col >= N) continue;
+    float x = scale * sums[a * (BlockN + 1) + b];
+    if (bias.data) x += load(bias.data, bias.dtype, place(bias, 0, col));
+    store(out.data, out.dtype, blockIdx.y * distance + place(out, row, col),
+          kept(out, row, col) ? x : 0);
+  }
 }
 
 struct Tile {
@@ -95,9 +114,9 @@ cudaError_t start(int64_t M, int64_t N, int64_t L, int64_t chunk, int parts, Vie
                       : tile.n == 16 ? product_kernel<128, 16>
                                      : product_kernel<64, 64>;
   const dim3 grid(unsigned(blocks_of(M, tile.m) * blocks_of(N, tile.n)), parts);
-  const size_t shared = kDepth * (tile.m + tile.n + 2 * kEach) * sizeof(float);
-  return launch(kernel, grid, tile.m * tile.n / (kEach * kEach), shared, stream, M, N, L, chunk,
-                left, right, bias, c, out, distance);
+  const int floats = std::max(kDepth * (tile.m + tile.n + 2 * kEach), tile.m * (tile.n + 1));
+  return launch(kernel, grid, tile.m * tile.n / (kEach * kEach), floats * sizeof(float), stream, M,
+                N, L, chunk, left, right, bias, c, out, distance);
 }
 
 Chunks chunks_of(int64_t M, int64_t N, int64_t L) {
@@ -158,7 +177,7 @@ cudaError_t product_in_parts(int64_t M, int64_t N, int64_t L, View left, View ri
   const cudaError_t error = start(M, N, L, chunks.rows, chunks.count, left, right, {}, {},
                                   contiguous(parts, N), M * N, stream);
   if (error) return error;
-  return sum_parts(parts, M * N, N, {int(N), {chunks.count}}, c,
+  return sum_parts(parts, chunks.count, M * N, c,
                    {out.data, out.dtype, M, N, out.row_stride, out.col_stride}, stream);
 }
 

@@ -9,20 +9,15 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__global__ void sum_parts_kernel(const float* parts, int64_t distance, int64_t part_stride,
-                                 Parts counts, Factor c, Matrix out) {
+__global__ void sum_parts_kernel(const float* parts, int count, int64_t distance, Factor c,
+                                 Matrix out) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= out.rows * out.cols) return;
-  const int64_t row = i / out.cols, col = i % out.cols;
-  int count = 0;
-#pragma unroll
-  for (int group = 0; group < Parts::kGroups; ++group)
-    if (col / counts.group_width == group) count = counts.of_group[group];
-  parts += row * part_stride + col;
   float sum = 0;
 #pragma unroll 8
-  for (int part = 0; part < count; ++part) sum += parts[part * distance];
-  store(out.data, out.dtype, row * out.row_stride + col * out.col_stride, value(c) * sum);
+  for (int part = 0; part < count; ++part) sum += parts[part * distance + i];
+  const int64_t place = i / out.cols * out.row_stride + i % out.cols * out.col_stride;
+  store(out.data, out.dtype, place, value(c) * sum);
 }
 
 }  // namespace
@@ -33,10 +28,10 @@ Chunks::Chunks(int64_t M, int step, int64_t others, int programs) {
   count = int(blocks_of(M, rows));
 }
 
-cudaError_t sum_parts(const float* parts, int64_t distance, int64_t part_stride, Parts counts,
-                      Factor c, const Matrix& out, cudaStream_t stream) {
-  return launch(sum_parts_kernel, dim3(blocks_of(out.rows * out.cols, kThreads)), kThreads, 0,
-                stream, parts, distance, part_stride, counts, c, out);
+cudaError_t sum_parts(const float* parts, int count, int64_t distance, Factor c, const Matrix& out,
+                      cudaStream_t stream) {
+  const dim3 grid(unsigned(blocks_of(out.rows * out.cols, kThreads)));
+  return launch(sum_parts_kernel, grid, kThreads, 0, stream, parts, count, distance, c, out);
 }
 
 }  // namespace fastlora::cuda

@@ -195,7 +195,7 @@ cudaError_t shrink(const Matrix& X, const Matrix& A, Factor c, uint32_t t, const
                   whole ? c : Factor{}, t, seed, mask, M, int(K), int(R), plan.windows);
   });
   if (error || whole) return error;
-  return sum_parts(out, M * R, R, {int(R), {plan.parts}}, c, {S, Dtype::f32, M, R, R, 1}, stream);
+  return sum_parts(out, plan.parts, M * R, c, {S, Dtype::f32, M, R, R, 1}, stream);
 }
 
 }  // namespace fastlora::cuda

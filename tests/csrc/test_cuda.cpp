@@ -97,8 +97,8 @@ struct Grid {
       for (int64_t j = 0; j < cols; ++j) write(dtype, place(i, j), value(i, j));
     return *this;
   }
-  Grid& fill_with_integers() {
-    return fill([](int64_t, int64_t) { return draw_integer(-2, 2); });
+  Grid& fill_with_integers(int most = 2) {
+    return fill([=](int64_t, int64_t) { return draw_integer(-most, most); });
   }
 
   // that the elements are these values, each rounded once, and that nothing else was written
@@ -280,12 +280,75 @@ void test_shrinks() {
   }
 }
 
+void test_grad_input(Dtypes dtypes, int64_t M, int64_t K, int64_t R, uint32_t t, int layout) {
+  Grid dS(Dtype::f32, M, R), A(dtypes.factors, R, K, layout), dX(dtypes.X, M, K, layout);
+  dS.fill_with_integers(3000);
+  A.fill_with_integers();
+  const Bits bits(M, K, t);
+  twice({&dX}, 0, [&](void*) {
+    return grad_input(dS.floats(), A.view(), t ? bits.bytes.data() : nullptr, dX.view(), nullptr);
+  });
+  dX.check([&](int64_t i, int64_t k) {
+    double sum = 0;
+    for (int64_t r = 0; r < R; ++r) sum += dS.at(i, r) * A.at(r, k);
+    return t && !bits.at(i, k) ? 0 : sum;
+  });
+}
+
+void test_grad_shrink(Dtypes dtypes, int64_t M, int64_t K, int64_t R, uint32_t t, int layout,
+                      bool with_dX) {
+  Grid dS(Dtype::f32, M, R), X(dtypes.X, M, K, layout), A(dtypes.factors, R, K, layout);
+  Grid dA(dtypes.factors, R, K, layout), dX(dtypes.X, M, K, layout);
+  dS.fill_with_integers(3000);
+  X.fill_with_integers();
+  A.fill_with_integers();
+  const Bits bits(M, K, t);
+  if (t >= 65536 && M && K) write(dtypes.X, X.place(M - 1, K - 1), NAN);
+  twice({&dA, &dX}, grad_shrink_workspace(X.view(), A.view()), [&](void* workspace) {
+    return grad_shrink(dS.floats(), X.view(), t ? bits.bytes.data() : nullptr, A.view(), dA.view(),
+                       with_dX ? dX.view() : Matrix{}, workspace, nullptr);
+  });
+  dA.check([&](int64_t r, int64_t k) {
+    double sum = 0;
+    for (int64_t i = 0; i < M; ++i)
+      if (!t || bits.at(i, k)) sum += dS.at(i, r) * X.at(i, k);
+    return sum;
+  });
+  if (!with_dX) return;
+  dX.check([&](int64_t i, int64_t k) {
+    double sum = 0;
+    for (int64_t r = 0; r < R; ++r) sum += dS.at(i, r) * A.at(r, k);
+    return t && !bits.at(i, k) ? 0 : sum;
+  });
+}
+
+void test_grad_shrinks() {
+  for (const Dtypes& dtypes : kDtypes) {
+    const auto run = [&](int64_t M, int64_t K, int64_t R, uint32_t t, int layout) {
+      const std::string of = std::string(name_of(dtypes.X)) + " " + name_of(dtypes.factors) +
+                             " M, K, R, t, layout:" + sizes({M, K, R, t, layout});
+      for (const bool with_dX : {false, true}) {
+        what = "grad_shrink " + of + (with_dX ? " and dX" : "");
+        test_grad_shrink(dtypes, M, K, R, t, layout, with_dX);
+      }
+      what = "grad_input " + of;
+      test_grad_input(dtypes, M, K, R, t, layout);
+    };
+    for (const int64_t R : {1, 3, 8, 16, 33, 64, 100}) run(37, 136, R, 6554, kDense);
+    for (const int64_t K : {0, 8, 24, 33, 264}) run(40, K, 9, 32768, kDense);
+    for (const int64_t M : {0, 1, 32, 130}) run(M, 64, 24, 6554, kPadded);
+    for (const uint32_t t : kThresholds) run(33, 72, 16, t, kDense);
+    for (int layout = 0; layout < kLayouts; ++layout) run(19, 40, 5, 6554, layout);
+  }
+}
+
 }  // namespace
 
 int main() {
   test_known_answers();
   test_bytes_of_the_mask();
   test_shrinks();
+  test_grad_shrinks();
   std::printf("%lld launches, %lld threads\n", (long long)fiber_device.launches,
               (long long)fiber_device.threads);
 }

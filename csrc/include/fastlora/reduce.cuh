@@ -18,16 +18,9 @@ struct Chunks {
   Chunks(int64_t M, int step, int64_t others, int programs = kPrograms);
 };
 
-// How many parts there are of each of the equal groups of columns.
-struct Parts {
-  static constexpr int kGroups = 16;
-  int group_width;
-  int of_group[kGroups];
-};
-
-// out (rows, cols) = c times the sum of parts, each (rows, part_stride) floats of which the first
-// `cols` count, that lie `distance` floats apart.
-cudaError_t sum_parts(const float* parts, int64_t distance, int64_t part_stride, Parts counts,
-                      Factor c, const Matrix& out, cudaStream_t stream);
+// out = c times the sum of `count` parts, each as many rows and columns of floats, that lie
+// `distance` floats apart.
+cudaError_t sum_parts(const float* parts, int count, int64_t distance, Factor c, const Matrix& out,
+                      cudaStream_t stream);
 
 }  // namespace fastlora::cuda
