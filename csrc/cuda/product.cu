@@ -135,6 +135,13 @@ __global__ void draw_kernel(int64_t bytes, int64_t row_bytes, int64_t K, uint32_
 
 }  // namespace
 
+Matrix part(const Matrix& m, int64_t row, int64_t col, int64_t rows, int64_t cols) {
+  const int64_t skipped =
+      (row * m.row_stride + col * m.col_stride) * (m.dtype == Dtype::f32 ? 4 : 2);
+  void* data = m.data ? static_cast<char*>(m.data) + skipped : nullptr;
+  return {data, m.dtype, rows, cols, m.row_stride, m.col_stride};
+}
+
 View view(const Matrix& m) { return {m.data, m.dtype, m.row_stride, m.col_stride}; }
 
 View transposed(const Matrix& m) { return {m.data, m.dtype, m.col_stride, m.row_stride}; }
@@ -154,9 +161,7 @@ View masked(View m, const uint8_t* mask, int64_t K) {
 }
 
 View columns(const Matrix& m, const Block& block, const Layout& layout) {
-  View v = view(m);
-  const int64_t size = m.dtype == Dtype::f32 ? 4 : 2;
-  if (m.data) v.data = static_cast<char*>(m.data) + block.offset * m.col_stride * size;
+  View v = view(part(m, 0, block.offset, m.rows, block.width));
   v.width = block.width;
   v.period = layout.repeats > 1 ? layout.period : 0;
   return v;

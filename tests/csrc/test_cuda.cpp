@@ -64,7 +64,7 @@ bool same(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)
 // NaN in every dtype
 constexpr char kCanary = char(0xFF);
 
-enum Layout2 { kDense, kPadded, kOdd, kTransposed, kSpread, kBackwards, kLayouts };
+enum Strides { kDense, kPadded, kOdd, kTransposed, kSpread, kBackwards, kLayouts };
 
 // A matrix in memory of its own.
 struct Grid {
@@ -342,6 +342,128 @@ void test_grad_shrinks() {
   }
 }
 
+// Blocks of these widths in each of `repeats` repeats; a negative width: not adapted.
+struct Pattern {
+  std::vector<Block> blocks;
+  int period = 0, repeats, adapted = 0, groups = 0;
+
+  Pattern(std::vector<int> widths, int repeats) : repeats(repeats) {
+    for (const int width : widths) {
+      const int n = std::abs(width);
+      blocks.push_back({period, n, width > 0 ? adapted : -1, width > 0 ? groups++ : -1});
+      if (width > 0) adapted += n * repeats;
+      period += n;
+    }
+  }
+  Layout layout() const { return {blocks.data(), int(blocks.size()), period, repeats}; }
+  int N() const { return period * repeats; }
+
+  const Block& block_of(int64_t n) const {
+    const int place = int(n % period);
+    return *std::find_if(blocks.begin(), blocks.end(), [=](const Block& b) {
+      return b.offset <= place && place < b.offset + b.width;
+    });
+  }
+  // the row of B that adapts a feature
+  int64_t row_of(int64_t n) const {
+    const Block& b = block_of(n);
+    return b.row + n / period * b.width + n % period - b.offset;
+  }
+  // the feature that a row of B adapts
+  int64_t feature_of(int64_t row) const {
+    int64_t n = 0;
+    while (block_of(n).group < 0 || row_of(n) != row) ++n;
+    return n;
+  }
+};
+
+void test_expand(Dtypes dtypes, int64_t M, const Pattern& of, int64_t r, int layout, bool bias) {
+  const int64_t N = of.N();
+  Grid S(Dtype::f32, M, of.groups * r), B(dtypes.factors, of.adapted, r, layout);
+  Grid b(dtypes.X, 1, N, layout), Y(dtypes.X, M, N, layout);
+  S.fill_with_integers(3000);
+  B.fill_with_integers();
+  b.fill_with_integers();
+  twice({&Y}, 0, [&](void*) {
+    return expand(S.floats(), B.view(), bias ? b.view() : Matrix{}, of.layout(), Y.view(), nullptr);
+  });
+  Y.check([&](int64_t i, int64_t n) {
+    double sum = bias ? b.at(0, n) : 0;
+    const int g = of.block_of(n).group;
+    for (int64_t l = 0; g >= 0 && l < r; ++l) sum += S.at(i, g * r + l) * B.at(of.row_of(n), l);
+    return sum;
+  });
+}
+
+void test_delta(Dtypes dtypes, int64_t K, const Pattern& of, int64_t r, int layout) {
+  Grid A(dtypes.factors, of.groups * r, K, layout), B(dtypes.factors, of.adapted, r, layout);
+  Grid dW(dtypes.X, of.N(), K, layout);
+  A.fill_with_integers();
+  B.fill_with_integers();
+  twice({&dW}, 0,
+        [&](void*) { return delta(A.view(), B.view(), kFactor, of.layout(), dW.view(), nullptr); });
+  dW.check([&](int64_t n, int64_t k) {
+    double sum = 0;
+    const int g = of.block_of(n).group;
+    for (int64_t l = 0; g >= 0 && l < r; ++l) sum += B.at(of.row_of(n), l) * A.at(g * r + l, k);
+    return kC * kScale * sum;
+  });
+}
+
+void test_grad_expand(Dtypes dtypes, int64_t M, const Pattern& of, int64_t r, int layout,
+                      bool need_dS, bool need_dB) {
+  const int64_t N = of.N(), R = of.groups * r;
+  Grid dY(dtypes.X, M, N, layout), S(Dtype::f32, M, R), B(dtypes.factors, of.adapted, r, layout);
+  Grid dS(Dtype::f32, need_dS ? M : 0, R), dB(dtypes.factors, need_dB ? of.adapted : 0, r, layout);
+  dY.fill_with_integers();
+  S.fill_with_integers(3000);
+  B.fill_with_integers();
+  twice({&dS, &dB}, grad_expand_workspace(dY.view(), B.view(), of.layout()), [&](void* workspace) {
+    return grad_expand(dY.view(), S.floats(), B.view(), kFactor, of.layout(), dS.floats(),
+                       dB.view(), workspace, nullptr);
+  });
+  dS.check([&](int64_t i, int64_t l) {
+    double sum = 0;
+    for (int64_t n = 0; n < N; ++n)
+      if (of.block_of(n).group == l / r) sum += dY.at(i, n) * B.at(of.row_of(n), l % r);
+    return kC * kScale * sum;
+  });
+  dB.check([&](int64_t row, int64_t l) {
+    const int64_t n = of.feature_of(row), g = of.block_of(n).group;
+    double sum = 0;
+    for (int64_t i = 0; i < M; ++i) sum += dY.at(i, n) * S.at(i, g * r + l);
+    return sum;
+  });
+}
+
+void test_blocks() {
+  // whole vectors or not; some not adapted, some of other widths; alternating
+  const Pattern one({136}, 1), wide({536}, 1), odd({33}, 1), groups({40, -24, 72, 8}, 1);
+  const Pattern odd_groups({5, 7, -3}, 1), alternating({8, -16, 24}, 3), none({-40}, 1);
+  for (const Dtypes& dtypes : kDtypes) {
+    const auto run = [&](int64_t M, const Pattern& of, int64_t r, int layout) {
+      const std::string sizes_of =
+          std::string(name_of(dtypes.X)) + " " + name_of(dtypes.factors) +
+          " M, N, r, blocks, layout:" + sizes({M, of.N(), r, int64_t(of.blocks.size()), layout});
+      what = "expand " + sizes_of;
+      test_expand(dtypes, M, of, r, layout, true);
+      test_expand(dtypes, M, of, r, layout, false);
+      what = "delta, K = M, " + sizes_of;
+      test_delta(dtypes, M, of, r, layout);
+      what = "grad_expand " + sizes_of;
+      test_grad_expand(dtypes, M, of, r, layout, true, true);
+      if (layout != kDense) return;
+      test_grad_expand(dtypes, M, of, r, layout, true, false);
+      test_grad_expand(dtypes, M, of, r, layout, false, true);
+    };
+    for (const int64_t r : {1, 3, 8, 16, 33, 64, 100}) run(40, one, r, kPadded);
+    for (const int64_t M : {0, 1, 32, 72}) run(M, groups, 8, kDense);
+    for (const Pattern* of : {&wide, &odd, &odd_groups, &alternating, &none})
+      run(37, *of, 9, kDense);
+    for (int layout = 0; layout < kLayouts; ++layout) run(24, groups, 4, layout);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -349,6 +471,7 @@ int main() {
   test_bytes_of_the_mask();
   test_shrinks();
   test_grad_shrinks();
+  test_blocks();
   std::printf("%lld launches, %lld threads\n", (long long)fiber_device.launches,
               (long long)fiber_device.threads);
 }

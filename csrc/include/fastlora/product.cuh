@@ -5,6 +5,9 @@
 
 namespace fastlora::cuda {
 
+// Rows and columns of a matrix from these on.
+Matrix part(const Matrix& m, int64_t row, int64_t col, int64_t rows, int64_t cols);
+
 // A matrix whose columns may be those of one block: `width` of every `period`, if that is not 0.
 struct View {
   void* data = nullptr;
