@@ -1,9 +1,11 @@
 // CUDA kernels on a CPU, for tests: a fiber for each thread of a block, one block after another.
 //
 // What one thread may not rely on of another is made as bad as the programming model allows.
-// Threads run in a random order between two barriers, shared memory starts as NaN, asynchronous
-// copies arrive when they are waited for and no earlier, and an operation of a warp that not all of
-// its threads reach is an error, as is a barrier that not all of a block do. x86-64 only.
+// Between two barriers one warp after another runs, in a random order, and so do the threads of a
+// warp between its operations; shared memory starts as NaN; asynchronous copies arrive when they
+// are waited for and no earlier; an operation of a warp that not all of its threads reach is an
+// error, as is a barrier that not all of a block do. What stays unseen: an operation of a warp
+// orders its memory here as a barrier of the warp does. x86-64 only.
 #pragma once
 
 #include <algorithm>
@@ -14,6 +16,8 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <new>
+#include <numeric>
 #include <random>
 #include <vector>
 
@@ -166,28 +170,37 @@ inline bool release(int begin, int end, Waits waits) {
   return true;
 }
 
+inline void resume(int thread) {
+  Fiber& fiber = device.fibers[thread];
+  if (fiber.waits != Waits::nothing) return;
+  device.current = thread;
+  device.thread_index = fiber.index;
+  leave_stack(&device.scheduler_shadow, fiber.stack.get(), kStackBytes);
+  fastlora_switch_stack(&device.scheduler, fiber.stack_pointer);
+  enter_stack(device.scheduler_shadow, nullptr, nullptr);
+}
+
+// As far as its threads get without those of other warps.
+inline void run_warp(int warp) {
+  int order[kWarp];
+  std::iota(order, order + kWarp, warp * kWarp);
+  do {
+    std::shuffle(order, order + kWarp, device.random);
+    for (const int thread : order) resume(thread);
+  } while (release(warp * kWarp, (warp + 1) * kWarp, Waits::warp));
+}
+
 inline void run_block() {
   const int count = int(device.block.x * device.block.y * device.block.z);
   if (count % kWarp) fail("a block of whole warps only");
   device.fibers.resize(std::max(device.fibers.size(), size_t(count)));
-  std::vector<int> order(count);
-  for (int i = 0; i < count; ++i) start(device.fibers[i], order[i] = i);
-  for (bool ran = true; ran;) {
+  for (int i = 0; i < count; ++i) start(device.fibers[i], i);
+  std::vector<int> order(count / kWarp);
+  std::iota(order.begin(), order.end(), 0);
+  do {
     std::shuffle(order.begin(), order.end(), device.random);
-    ran = false;
-    for (const int i : order) {
-      Fiber& fiber = device.fibers[i];
-      if (fiber.waits != Waits::nothing) continue;
-      ran = true;
-      device.current = i;
-      device.thread_index = fiber.index;
-      leave_stack(&device.scheduler_shadow, fiber.stack.get(), kStackBytes);
-      fastlora_switch_stack(&device.scheduler, fiber.stack_pointer);
-      enter_stack(device.scheduler_shadow, nullptr, nullptr);
-    }
-    for (int i = 0; i < count; i += kWarp) ran |= release(i, i + kWarp, Waits::warp);
-    ran = ran || release(0, count, Waits::block);
-  }
+    for (const int warp : order) run_warp(warp);
+  } while (release(0, count, Waits::block));
   for (int i = 0; i < count; ++i) {
     device.current = i;
     if (device.fibers[i].waits != Waits::ended) fail("waits for threads that do not come");
@@ -217,10 +230,8 @@ template <class T>
 struct Exchanged {
   const Slot* slots;
   int which;
-  T operator[](int lane) const {
-    T value;
-    std::memcpy(&value, slots[lane].bytes[which], sizeof value);
-    return value;
+  const T& operator[](int lane) const {
+    return *std::launder(reinterpret_cast<const T*>(slots[lane].bytes[which]));
   }
 };
 
@@ -230,7 +241,7 @@ template <class T>
 Exchanged<T> exchange(const T& value) {
   static_assert(sizeof(T) <= sizeof(Slot::bytes[0]));
   const int which = device.fibers[device.current].exchanges++ % 2;
-  std::memcpy(device.slots[device.current].bytes[which], &value, sizeof value);
+  new (device.slots[device.current].bytes[which]) T(value);
   wait(Waits::warp);
   return {&device.slots[device.current / kWarp * kWarp], which};
 }
@@ -311,25 +322,20 @@ void load_matrices(uint32_t (&out)[4], const void* row) {
 
 template <class T>
 void multiply(float (&sum)[4], const uint32_t (&left)[4], const uint32_t (&right)[2]) {
+  using Bits = std::conditional_t<std::is_same_v<T, __half>, __half_raw, __nv_bfloat16_raw>;
   struct Fragments {
-    uint16_t left[8], right[4];
+    float left[8], right[4];
   } mine;
-  std::memcpy(mine.left, left, sizeof mine.left);
-  std::memcpy(mine.right, right, sizeof mine.right);
+  for (int i = 0; i < 8; ++i) mine.left[i] = T(Bits{uint16_t(left[i / 2] >> i % 2 * 16)});
+  for (int i = 0; i < 4; ++i) mine.right[i] = T(Bits{uint16_t(right[i / 2] >> i % 2 * 16)});
   const auto all = emulation::exchange(mine);
   const int g = emulation::lane() / 4, q = emulation::lane() % 4;
-  const auto number = [](uint16_t bits) {
-    using Bits = std::conditional_t<std::is_same_v<T, __half>, __half_raw, __nv_bfloat16_raw>;
-    return double(float(T(Bits{bits})));
-  };
   for (int i = 0; i < 4; ++i) {
-    const int column = 2 * q + i % 2;
     double total = sum[i];
-    for (int k = 0; k < 16; ++k) {
-      const int of_pair = k % 8 / 2, half = k % 2 + 2 * (k / 8);
-      const uint16_t l = all[4 * g + of_pair].left[half % 2 + 4 * (k / 8) + 2 * (i / 2)];
-      const uint16_t r = all[4 * column + of_pair].right[half];
-      total += number(l) * number(r);
+    // columns of the left operand that one thread has
+    for (int of = 0; of < 4; ++of) {
+      const float *l = all[4 * g + of].left, *r = all[4 * (2 * q + i % 2) + of].right;
+      for (int j = 0; j < 4; ++j) total += double(l[j % 2 + j / 2 * 4 + i / 2 * 2]) * r[j];
     }
     sum[i] = float(total);
   }

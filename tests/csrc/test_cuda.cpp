@@ -464,6 +464,165 @@ void test_blocks() {
   }
 }
 
+// ---- rounding -----------------------------------------------------------------------------------
+
+// The error of a stage against that of float32 operands, added up in float32 one after the other
+// and rounded once: what is right at best where nothing between is rounded.
+struct Errors {
+  double ours = 0, plain = 0, most = 0, plain_most = 0;
+
+  void add(Dtype dtype, double found, double exact, float sum) {
+    const double x = std::abs(found - exact), y = std::abs(rounded(dtype, sum) - exact);
+    ours += x * x, plain += y * y;
+    most = std::max(most, x), plain_most = std::max(plain_most, y);
+  }
+  void check() const {
+    CHECK(ours > 0 && plain > 0);
+    CHECK(std::sqrt(ours) <= 1.05 * std::sqrt(plain));
+    CHECK(most <= 2 * plain_most);
+  }
+};
+
+// Compares out (i, j) with factor times the sum of left(i, j, l) right(i, j, l) over l.
+template <class Left, class Right>
+void check_rounding(Grid& out, int64_t L, float factor, const Left& left, const Right& right) {
+  Errors errors;
+  for (int64_t i = 0; i < out.rows; ++i)
+    for (int64_t j = 0; j < out.cols; ++j) {
+      double exact = 0;
+      float sum = 0;
+      for (int64_t l = 0; l < L; ++l) {
+        const double a = left(i, j, l), b = right(i, j, l);
+        exact += a * b;
+        sum += float(a) * float(b);
+      }
+      errors.add(out.dtype, out.at(i, j), factor * exact, factor * sum);
+    }
+  errors.check();
+}
+
+void test_rounding() {
+  const int64_t M = 160, K = 264, N = 264, r = 16;
+  const uint32_t t = 6554;
+  const Bits bits(M, K, t);
+  const Pattern whole({int(N)}, 1);
+  std::normal_distribution<double> normal;
+  const auto random = [&](Dtype dtype, int64_t rows, int64_t cols) {
+    return Grid(dtype, rows, cols).fill([&](int64_t, int64_t) { return normal(generator); });
+  };
+  for (const auto& [dtype, of_factors] : kDtypes) {
+    const auto next = [&](const char* output) {
+      what =
+          std::string("rounding of ") + output + " " + name_of(dtype) + " " + name_of(of_factors);
+    };
+    Grid X = random(dtype, M, K), A = random(of_factors, r, K), B = random(of_factors, N, r);
+    Grid dY = random(dtype, M, N), S = random(Dtype::f32, M, r), dS = random(Dtype::f32, M, r);
+    Grid out_S(Dtype::f32, M, r), out_dS(Dtype::f32, M, r), Y(dtype, M, N), dX(dtype, M, K);
+    Grid dA(of_factors, r, K), dB(of_factors, N, r), dW(of_factors, N, K);
+    std::vector<char> room(shrink_workspace(X.view(), A.view()) +
+                           grad_shrink_workspace(X.view(), A.view()) +
+                           grad_expand_workspace(dY.view(), B.view(), whole.layout()));
+    std::vector<uint8_t> mask(bits.bytes.size());
+    const auto kept = [&](int64_t i, int64_t k) { return bits.at(i, k) ? X.at(i, k) : 0; };
+
+    next("S");
+    CHECK(!shrink(X.view(), A.view(), {1.1f}, t, &kSeed, mask.data(), out_S.floats(), room.data(),
+                  nullptr));
+    check_rounding(
+        out_S, K, 1.1f, [&](int64_t i, int64_t, int64_t k) { return kept(i, k); },
+        [&](int64_t, int64_t l, int64_t k) { return A.at(l, k); });
+    next("Y");
+    CHECK(!expand(S.floats(), B.view(), {}, whole.layout(), Y.view(), nullptr));
+    check_rounding(
+        Y, r, 1, [&](int64_t i, int64_t, int64_t l) { return S.at(i, l); },
+        [&](int64_t, int64_t n, int64_t l) { return B.at(n, l); });
+    CHECK(!grad_expand(dY.view(), S.floats(), B.view(), {1.1f}, whole.layout(), out_dS.floats(),
+                       dB.view(), room.data(), nullptr));
+    next("dS");
+    check_rounding(
+        out_dS, N, 1.1f, [&](int64_t i, int64_t, int64_t n) { return dY.at(i, n); },
+        [&](int64_t, int64_t l, int64_t n) { return B.at(n, l); });
+    next("dB");
+    check_rounding(
+        dB, M, 1, [&](int64_t n, int64_t, int64_t i) { return dY.at(i, n); },
+        [&](int64_t, int64_t l, int64_t i) { return S.at(i, l); });
+    CHECK(!grad_shrink(dS.floats(), X.view(), mask.data(), A.view(), dA.view(), dX.view(),
+                       room.data(), nullptr));
+    next("dA");
+    check_rounding(
+        dA, M, 1, [&](int64_t l, int64_t, int64_t i) { return dS.at(i, l); },
+        [&](int64_t, int64_t k, int64_t i) { return kept(i, k); });
+    next("dX");
+    check_rounding(
+        dX, r, 1, [&](int64_t i, int64_t k, int64_t l) { return bits.at(i, k) ? dS.at(i, l) : 0; },
+        [&](int64_t, int64_t k, int64_t l) { return A.at(l, k); });
+    next("dW");
+    CHECK(!delta(A.view(), B.view(), {1.1f}, whole.layout(), dW.view(), nullptr));
+    check_rounding(
+        dW, r, 1.1f, [&](int64_t n, int64_t, int64_t l) { return B.at(n, l); },
+        [&](int64_t, int64_t k, int64_t l) { return A.at(l, k); });
+  }
+}
+
+// ---- large offsets ------------------------------------------------------------------------------
+
+// Three rows that are more than 2^31 elements apart, in addresses of which few have memory.
+struct FarRows {
+  int64_t stride, bytes;
+  char* region;
+  Matrix matrix;
+
+  FarRows(const Grid& dense, int64_t extra) : stride((int64_t(1) << 31) + extra) {
+    bytes = (2 * stride + dense.cols) * size_of(dense.dtype);
+    region = static_cast<char*>(mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    CHECK(region != MAP_FAILED);
+    matrix = {region, dense.dtype, 3, dense.cols, stride, 1};
+    for (int i = 0; i < 3; ++i)
+      std::memcpy(row(i), dense.bytes.data() + i * row_bytes(), row_bytes());
+  }
+  ~FarRows() { munmap(region, bytes); }
+  int64_t row_bytes() const { return matrix.cols * size_of(matrix.dtype); }
+  char* row(int i) const { return region + i * stride * size_of(matrix.dtype); }
+
+  void check(const Grid& dense) const {
+    for (int i = 0; i < 3; ++i)
+      CHECK(!std::memcmp(row(i), dense.bytes.data() + i * row_bytes(), row_bytes()));
+  }
+};
+
+void test_large_offsets() {
+  const int64_t M = 3, K = 40, r = 8;
+  const Pattern whole({int(K)}, 1);
+  const Bits bits(M, K, 32768);
+  for (const int64_t extra : {8, 1}) {
+    what = "large offsets" + sizes({extra});
+    // rows of A and B cannot be so many
+    Grid X(Dtype::bf16, M, K), A(Dtype::bf16, r, K), B(Dtype::bf16, K, r), S(Dtype::f32, M, r);
+    for (Grid* grid : {&X, &A, &B, &S}) grid->fill_with_integers();
+    Grid Y(Dtype::bf16, M, K), dX(Dtype::bf16, M, K), dA(Dtype::bf16, r, K), dB = B, of_S = S;
+    const FarRows far_X(X, extra), far_Y(Y, extra), far_dX(dX, extra);
+    std::vector<char> room(1 << 20);
+    std::vector<uint8_t> mask(bits.bytes.size());
+    Grid far_dA = dA, far_dB = B, far_S = S;
+    const auto all = [&](const Matrix& X, const Matrix& Y, const Matrix& dX, Grid& dA, Grid& dB,
+                         Grid& of_S) {
+      CHECK(!shrink(X, A.view(), {}, 32768, &kSeed, mask.data(), of_S.floats(), room.data(),
+                    nullptr));
+      CHECK(!expand(S.floats(), B.view(), {}, whole.layout(), Y, nullptr));
+      CHECK(!grad_expand(X, S.floats(), B.view(), {}, whole.layout(), nullptr, dB.view(),
+                         room.data(), nullptr));
+      CHECK(
+          !grad_shrink(S.floats(), X, mask.data(), A.view(), dA.view(), dX, room.data(), nullptr));
+    };
+    all(X.view(), Y.view(), dX.view(), dA, dB, of_S);
+    all(far_X.matrix, far_Y.matrix, far_dX.matrix, far_dA, far_dB, far_S);
+    far_Y.check(Y);
+    far_dX.check(dX);
+    CHECK(far_dA.bytes == dA.bytes && far_dB.bytes == dB.bytes && far_S.bytes == of_S.bytes);
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -472,6 +631,8 @@ int main() {
   test_shrinks();
   test_grad_shrinks();
   test_blocks();
+  test_rounding();
+  test_large_offsets();
   std::printf("%lld launches, %lld threads\n", (long long)fiber_device.launches,
               (long long)fiber_device.threads);
 }
