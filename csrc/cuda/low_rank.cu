@@ -13,7 +13,7 @@ namespace {
 constexpr int kSlab = kWarps * kTileCols;
 
 template <class T, int Ranks>
-__global__ void __launch_bounds__(kThreads, Ranks > 32 ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, Ranks > 16 ? 1 : 2)
     low_rank_kernel(Matrix left, const T* right, int64_t n_stride, int64_t r_stride, Matrix bias,
                     Factor c, const uint8_t* mask, T* out, int64_t out_stride, int64_t chunk,
                     int N) {

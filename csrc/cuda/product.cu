@@ -47,7 +47,7 @@ __device__ void fill(float* tile, const View& m, int64_t row, int64_t col, int64
 }
 
 template <int BlockM, int BlockN>
-__global__ void __launch_bounds__(BlockM* BlockN / (kEach * kEach))
+__global__ void __launch_bounds__(BlockM* BlockN / (kEach * kEach), 1)
     product_kernel(int64_t M, int64_t N, int64_t L, int64_t chunk, View left, View right, View bias,
                    Factor c, View out, int64_t distance) {
   constexpr int kThreads = BlockM * BlockN / (kEach * kEach), kAcross = BlockN / kEach;
@@ -130,7 +130,8 @@ __global__ void draw_kernel(int64_t bytes, int64_t row_bytes, int64_t K, uint32_
   if (i >= bytes) return;
   const int64_t inside = K - i % row_bytes * 8;
   const uint32_t bits = inside >= 8 ? 0xFF : inside > 0 ? (1 << inside) - 1 : 0;
-  mask[i] = uint8_t(byte_of(draw(uint64_t(i), halves(uint64_t(*seed)), limit_of(t))) & bits);
+  const Dropped dropped = draw(uint64_t(i), halves(uint64_t(*seed)), limit_of(t));
+  mask[i] = uint8_t(byte_of(dropped) & bits);
 }
 
 }  // namespace

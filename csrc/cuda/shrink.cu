@@ -79,6 +79,8 @@ __global__ void __launch_bounds__(kThreads, 2)
     filled = slot;
     const uint4* vectors = ring + slot * kVectors * 32;
     slot = slot + 1 < kStages ? slot + 1 : 0;
+    // bytes past K are zero
+    const uint32_t inside = column < K ? 0xFF : 0;
     uint4 x[kTileVectors];
 #pragma unroll
     for (int i = 0; i < kTileVectors; ++i) {
@@ -86,8 +88,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       if constexpr (Drops) {
         const Dropped dropped = draw((row + 8 * i) * row_bytes + column / 8, key, limit);
         x[i] = dropped.keep(x[i]);
-        // bytes past K are zero
-        bytes[i] = permute(bytes[i], column < K ? byte_of(dropped) : 0, 0x4321);
+        bytes[i] = permute(bytes[i], byte_of(dropped) & inside, 0x4321);
       }
     }
 #pragma unroll

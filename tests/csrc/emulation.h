@@ -66,6 +66,8 @@ fastlora_switch_stack:
 namespace fastlora::emulation {
 
 constexpr int kWarp = 32, kMostThreads = 1024;
+// the least that a block can have on any architecture from sm_80 on: that of sm_86, sm_89, sm_120
+constexpr size_t kMostShared = 101376;
 constexpr size_t kStackBytes = 128 << 10;
 // every NaN of 16 bits and more
 constexpr int kPoison = 0xFF;
@@ -208,6 +210,7 @@ inline void run_block() {
 }
 
 inline void run(dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> body) {
+  if (shared_bytes > kMostShared) fail("more shared memory than every architecture has");
   // as much as was asked for, so that the first byte beyond is seen
   device.shared.reset(new char[shared_bytes]);
   device.grid = grid;

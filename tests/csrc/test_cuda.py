@@ -5,16 +5,34 @@ import platform
 import re
 import shutil
 import subprocess
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 CXX = os.environ.get("CXX", "c++")
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+# a null pointer faults anyway; without these two, compiling takes two thirds of the time
+SANITIZERS = (
+    "-fsanitize=address,undefined",
+    "-fno-sanitize=null,pointer-overflow",
+    "-fno-sanitize-recover=all",
+)
 SOURCES = sorted(ROOT.glob("csrc/cuda/*.cu"))
 INCLUDES = ("-Itests/csrc", "-Icsrc/include")
+WARNINGS = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror")
+# the others in each family differ in nothing that the kernels use
+ARCHITECTURES = [
+    "sm_80",
+    "sm_90a",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_86", "sm_89", "sm_100")),
+]
+REGISTERS = 65536
+# of a block of the kernels on tensor cores
+THREADS = 256
 
 
 def run(*command, **options):
@@ -40,7 +58,7 @@ def test_the_kernels_on_an_emulated_device(tmp_path):
     probe = [*CXX.split(), *SANITIZERS, "-x", "c++", "-", "-o", tmp_path / "probe"]
     if (found := run(*probe, input="int main() {}")).returncode:
         pytest.skip(f"{CXX} has no sanitizers: {found.stderr.strip().splitlines()[-1]}")
-    flags = ("-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+    flags = ("-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
     headers = ("-DFASTLORA_EMULATED", *INCLUDES, "-isystem", toolkit() / "include")
 
     def build(source):
@@ -57,3 +75,141 @@ def test_the_kernels_on_an_emulated_device(tmp_path):
     assert linked.returncode == 0, linked.stderr
     result = run(program)
     assert result.returncode == 0, result.stderr
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel: its template arguments, and what it asks for.
+
+    Args:
+        ranks: Ranks of a tile; 0 for kernels that use no tensor cores.
+        flag: Its last template argument: whether it draws a mask, or writes dX.
+        local: Bytes of local memory, spilled registers among it.
+        code: Its instructions, and before each the label there, if any: (label, name, operands).
+    """
+
+    name: str
+    ranks: int
+    flag: bool
+    registers: int
+    local: int
+    code: list[tuple[str, str, str]]
+
+    @property
+    def blocks(self):
+        """How many fit on a multiprocessor, as far as registers go, which come by the eight."""
+        return REGISTERS // (THREADS * -(-self.registers // 8) * 8)
+
+    def counts(self):
+        return Counter(name.partition(".")[0] for _, name, _ in self.code)
+
+    def main_loop(self):
+        """The instructions of the shortest loop that copies and multiplies."""
+        places = {label: i for i, (label, _, _) in enumerate(self.code) if label}
+        loops = []
+        for end, (_, name, operands) in enumerate(self.code):
+            target = re.search(r"\((\.L_\w+)\)", operands)
+            begin = places.get(target[1], end) if name.startswith("BRA") and target else end
+            names = {name.partition(".")[0] for _, name, _ in self.code[begin : end + 1]}
+            if {"HMMA", "LDGSTS"} <= names:
+                loops.append(self.code[begin : end + 1])
+        return min(loops, key=len)
+
+
+def disassembler():
+    """nvdisasm, of the toolkit or of Triton."""
+    if path := shutil.which("nvdisasm"):
+        return path
+    if triton := find_spec("triton"):
+        path = Path(triton.origin).parent / "backends/nvidia/bin/nvdisasm"
+        if path.exists():
+            return path
+    pytest.skip("needs nvdisasm, from the toolkit or with Triton")
+
+
+def listing(cubin):
+    """The instructions of each kernel of a cubin."""
+    result = run(disassembler(), "--print-code", "--no-dataflow", cubin)
+    assert result.returncode == 0, result.stderr
+    kernels, code, label = {}, [], ""
+    for line in result.stdout.splitlines():
+        if found := re.match(r"\.text\.(\w+):", line):
+            code = kernels.setdefault(found[1], [])
+        elif found := re.match(r"(\.L_\w+):", line):
+            label = found[1]
+        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
+            code.append((label, found[1], found[2]))
+            label = ""
+    return kernels
+
+
+def compile_source(source, architecture, folder):
+    """The kernels of one source."""
+    cubin = folder / f"{source.stem}.cubin"
+    options = ("-std=c++17", "-O3", f"-arch={architecture}", "-cubin", *INCLUDES, *WARNINGS)
+    result = run("nvcc", *options, "-Xptxas", "-v", source, "-o", cubin)
+    assert result.returncode == 0, result.stderr
+    report = r"entry function '(\w+)'.*?(\d+) bytes stack frame.*?Used (\d+) registers"
+    used = re.findall(report, result.stderr, re.S)
+    code = listing(cubin) if used else {}
+    kernels = []
+    for symbol, local, registers in used:
+        name = re.search(r"\d([a-z_]+)_kernel", symbol)[1]
+        template = re.search(r"_kernelI\w+?Li(\d+)E(?:Lb([01])E)?E", symbol)
+        ranks, flag = (int(template[1]), template[2] == "1") if template else (0, False)
+        if name == "product":
+            ranks = 0
+        kernels.append(Kernel(name, ranks, flag, int(registers), int(local), code[symbol]))
+    return kernels
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def kernels(request, tmp_path_factory):
+    """All kernels, compiled for an architecture; no warning is let pass."""
+    toolkit()
+    folder = tmp_path_factory.mktemp(request.param)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = pool.map(lambda source: compile_source(source, request.param, folder), SOURCES)
+        return [kernel for kernels in compiled for kernel in kernels]
+
+
+def test_nothing_is_kept_in_local_memory(kernels):
+    for kernel in kernels:
+        assert kernel.local == 0, kernel.name
+        assert not {"LDL", "STL"} & kernel.counts().keys(), kernel.name
+
+
+def test_16_bit_kernels_use_tensor_cores_and_asynchronous_copies(kernels):
+    found = {kernel.name for kernel in kernels if kernel.ranks}
+    assert found == {"shrink", "low_rank", "grad_expand", "grad_shrink"}
+    for kernel in kernels:
+        counts = kernel.counts()
+        assert bool(counts["HMMA"]) == bool(kernel.ranks), kernel.name
+        assert bool(counts["LDGSTS"]) == (kernel.ranks and kernel.name != "low_rank"), kernel.name
+
+
+def test_two_blocks_fit_on_a_multiprocessor(kernels):
+    """As far as registers go; one of many ranks."""
+    for kernel in kernels:
+        for_two = {"low_rank": 16, "grad_shrink": 16 if kernel.flag else 32}
+        if kernel.ranks:
+            wanted = 2 if kernel.ranks <= for_two.get(kernel.name, 64) else 1
+            assert kernel.blocks >= wanted, kernel
+
+
+def test_a_mask_costs_ten_instructions_an_element(kernels):
+    """At most: drawing it, applying it and writing it.
+
+    Counted are all instructions of the main loop, also those of its fourth round alone, which
+    writes the mask; a thread has 32 elements a round.
+    """
+    loops = {}
+    for kernel in kernels:
+        if kernel.name == "shrink":
+            loop = kernel.main_loop()
+            assert sum(name.startswith("HMMA") for _, name, _ in loop) == kernel.ranks // 2
+            loops.setdefault((kernel.ranks, kernel.flag), []).append(len(loop))
+    assert len(loops) == 6
+    for ranks in (16, 32, 64):
+        for drawing, without in zip(loops[ranks, True], loops[ranks, False], strict=True):
+            assert drawing - without <= 10 * 32, ranks

@@ -27,6 +27,17 @@ __host__ __device__ inline uint2 multiply_wide(uint32_t a, uint32_t b) {
 #endif
 }
 
+// The compiler would shift, mask and add, which units with more to do are for.
+__host__ __device__ inline uint32_t multiply_add(uint32_t a, uint32_t b, uint32_t c) {
+#if defined(__CUDA_ARCH__)
+  uint32_t out;
+  asm("mad.lo.u32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+  return out;
+#else
+  return a * b + c;
+#endif
+}
+
 // Philox4x32
 __host__ __device__ inline uint4 philox(uint4 counter, uint2 key) {
 #pragma unroll
@@ -81,17 +92,31 @@ __host__ __device__ inline Dropped draw(uint64_t index, uint2 key, uint32_t limi
   Dropped dropped;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint32_t low = ((words[i] & 0xFFFF) << 15) + limit, high = (words[i] >> 1) + limit;
+    const uint32_t low = multiply_add(words[i] & 0xFFFF, 1 << 15, limit);
+    const uint32_t high = (words[i] >> 1) + limit;
     dropped.pairs[i] = permute(low, high, 0xFFBB);
   }
   return dropped;
 }
 
-// The byte of the mask, under bits of no meaning.
+// c and the products of the bytes of a and b
+__host__ __device__ inline uint32_t multiply_add_bytes(uint32_t a, uint32_t b, uint32_t c) {
+#if defined(__CUDA_ARCH__)
+  return __dp4a(a, b, c);
+#else
+  for (int i = 0; i < 32; i += 8) c += (a >> i & 0xFF) * (b >> i & 0xFF);
+  return c;
+#endif
+}
+
+// The byte of the mask, under bits of no meaning: modulo 256, what is dropped counts -1 times the
+// weight of its bit, and all is kept at first.
 __host__ __device__ inline uint32_t byte_of(const Dropped& dropped) {
-  const uint32_t bits = (~dropped.pairs[0] & 0x00020001) | (~dropped.pairs[1] & 0x00080004) |
-                        (~dropped.pairs[2] & 0x00200010) | (~dropped.pairs[3] & 0x00800040);
-  return bits | bits >> 16;
+  uint32_t byte = 0xFF;
+#pragma unroll
+  for (int i = 0; i < 4; ++i)
+    byte = multiply_add_bytes(dropped.pairs[i], 0x00020001 << 2 * i, byte);
+  return byte;
 }
 
 // And back.
