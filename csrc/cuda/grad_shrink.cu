@@ -18,7 +18,7 @@ constexpr size_t shared_bytes() {
 }
 
 template <class T, int Ranks, bool Input>
-__global__ void __launch_bounds__(kThreads, Input&& Ranks > 16 ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, Ranks > (Input ? 16 : 32) ? 1 : 2)
     grad_shrink_kernel(const float* dS, const T* X, int64_t x_stride, const uint8_t* mask,
                        const T* A, int64_t a_stride, float* dA, T* dX, int64_t dx_stride, int64_t M,
                        int64_t chunk, int K, int R) {

@@ -1,5 +1,6 @@
 """The CUDA kernels without a GPU: run on an emulated device, and compiled for real ones."""
 
+import ctypes
 import os
 import platform
 import re
@@ -23,7 +24,8 @@ SANITIZERS = (
 )
 SOURCES = sorted(ROOT.glob("csrc/cuda/*.cu"))
 INCLUDES = ("-Itests/csrc", "-Icsrc/include")
-WARNINGS = ("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror")
+# of both compilers; loops that only one of them unrolls are none
+WARNINGS = "-Wall,-Wextra,-Werror,-Wno-unknown-pragmas"
 # the others in each family differ in nothing that the kernels use
 ARCHITECTURES = [
     "sm_80",
@@ -58,7 +60,7 @@ def test_the_kernels_on_an_emulated_device(tmp_path):
     probe = [*CXX.split(), *SANITIZERS, "-x", "c++", "-", "-o", tmp_path / "probe"]
     if (found := run(*probe, input="int main() {}")).returncode:
         pytest.skip(f"{CXX} has no sanitizers: {found.stderr.strip().splitlines()[-1]}")
-    flags = ("-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+    flags = ("-std=c++17", "-O1", "-g1", *WARNINGS.split(","))
     headers = ("-DFASTLORA_EMULATED", *INCLUDES, "-isystem", toolkit() / "include")
 
     def build(source):
@@ -145,13 +147,15 @@ def listing(cubin):
 
 def compile_source(source, architecture, folder):
     """The kernels of one source."""
-    cubin = folder / f"{source.stem}.cubin"
-    options = ("-std=c++17", "-O3", f"-arch={architecture}", "-cubin", *INCLUDES, *WARNINGS)
-    result = run("nvcc", *options, "-Xptxas", "-v", source, "-o", cubin)
+    target = f"arch={architecture.replace('sm', 'compute')},code={architecture}"
+    options = ("-std=c++17", "-O3", "-gencode", target, *INCLUDES, "-Werror", "all-warnings")
+    options += ("-Xcompiler", f"-fPIC,{WARNINGS}", "-Xptxas", "-v")
+    kept = ("--keep", "--keep-dir", folder)
+    result = run("nvcc", *options, *kept, "-c", source, "-o", folder / f"{source.stem}.o")
     assert result.returncode == 0, result.stderr
     report = r"entry function '(\w+)'.*?(\d+) bytes stack frame.*?Used (\d+) registers"
     used = re.findall(report, result.stderr, re.S)
-    code = listing(cubin) if used else {}
+    code = listing(folder / f"{source.stem}.cubin") if used else {}
     kernels = []
     for symbol, local, registers in used:
         name = re.search(r"\d([a-z_]+)_kernel", symbol)[1]
@@ -163,14 +167,35 @@ def compile_source(source, architecture, folder):
     return kernels
 
 
+@dataclass(frozen=True)
+class Build:
+    """The kernels, and the folder with the objects they are in."""
+
+    kernels: list[Kernel]
+    folder: Path
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def kernels(request, tmp_path_factory):
-    """All kernels, compiled for an architecture; no warning is let pass."""
+def build(request, tmp_path_factory):
+    """Everything, compiled for an architecture; no warning is let pass."""
     toolkit()
     folder = tmp_path_factory.mktemp(request.param)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         compiled = pool.map(lambda source: compile_source(source, request.param, folder), SOURCES)
-        return [kernel for kernels in compiled for kernel in kernels]
+        return Build([kernel for kernels in compiled for kernel in kernels], folder)
+
+
+@pytest.fixture
+def kernels(build):
+    return build.kernels
+
+
+def test_the_objects_link_and_load_without_a_gpu(build):
+    library = build.folder / "kernels.so"
+    linked = run("nvcc", "-shared", *build.folder.glob("*.o"), "-o", library)
+    assert linked.returncode == 0, linked.stderr
+    # every symbol there, at once
+    ctypes.CDLL(str(library), os.RTLD_NOW)
 
 
 def test_nothing_is_kept_in_local_memory(kernels):
