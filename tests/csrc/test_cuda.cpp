@@ -568,6 +568,43 @@ void test_rounding() {
   }
 }
 
+// ---- what is no number --------------------------------------------------------------------------
+
+// A NaN is in all that depends on its element, and in nothing else.
+void test_not_numbers() {
+  const int64_t M = 37, K = 40, N = 72, r = 5, i = 33, k = 17, n = 50;
+  const Pattern whole({int(N)}, 1);
+  for (const auto& [dtype, of_factors] : kDtypes) {
+    what = std::string("NaN ") + name_of(dtype) + " " + name_of(of_factors);
+    Grid X(dtype, M, K), A(of_factors, r, K), B(of_factors, N, r), dY(dtype, M, N);
+    Grid dS(Dtype::f32, M, r), S(Dtype::f32, M, r), Y(dtype, M, N), dX(dtype, M, K);
+    Grid dA(of_factors, r, K), dB(of_factors, N, r);
+    for (Grid* grid : {&X, &A, &B, &dY}) grid->fill_with_integers();
+    write(dtype, X.place(i, k), NAN);
+    write(dtype, dY.place(i, n), NAN);
+    std::vector<char> room(1 << 20);
+    CHECK(!shrink(X.view(), A.view(), {}, 0, nullptr, nullptr, S.floats(), room.data(), nullptr));
+    CHECK(!expand(S.floats(), B.view(), {}, whole.layout(), Y.view(), nullptr));
+    CHECK(!grad_expand(dY.view(), S.floats(), B.view(), {}, whole.layout(), dS.floats(), dB.view(),
+                       room.data(), nullptr));
+    const auto only = [](Grid& grid, const auto& expected) {
+      for (int64_t a = 0; a < grid.rows; ++a)
+        for (int64_t b = 0; b < grid.cols; ++b) CHECK(std::isnan(grid.at(a, b)) == expected(a, b));
+    };
+    const auto of_row = [=](int64_t row, int64_t) { return row == i; };
+    only(S, of_row);
+    only(Y, of_row);
+    only(dS, of_row);
+    // S is NaN there, too
+    only(dB, [](int64_t, int64_t) { return true; });
+    dS.fill_with_integers();
+    CHECK(!grad_shrink(dS.floats(), X.view(), nullptr, A.view(), dA.view(), dX.view(), room.data(),
+                       nullptr));
+    only(dA, [=](int64_t, int64_t column) { return column == k; });
+    only(dX, [](int64_t, int64_t) { return false; });
+  }
+}
+
 // ---- large offsets ------------------------------------------------------------------------------
 
 // Three rows that are more than 2^31 elements apart, in addresses of which few have memory.
@@ -636,6 +673,7 @@ int main() {
   test_grad_shrinks();
   test_blocks();
   test_rounding();
+  test_not_numbers();
   test_large_offsets();
   std::printf("%lld launches, %lld threads\n", (long long)fiber_device.launches,
               (long long)fiber_device.threads);
