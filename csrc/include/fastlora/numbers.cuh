@@ -1,6 +1,9 @@
 // Numbers of 16 and 32 bits, one at a time and in pairs.
 #pragma once
 
+#include <cstring>
+#include <type_traits>
+
 #include "device.cuh"
 #include "stages.h"
 
