@@ -57,7 +57,7 @@ test: $(call needs,test)
 lint: $(call needs,test)
 	$(py) -m ruff check .
 	$(py) -m ruff format --check .
-	$(if $(VENV),$(VENV)/bin/)clang-format --dry-run -Werror $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc')
+	$(if $(VENV),$(VENV)/bin/)clang-format --dry-run -Werror $(shell find csrc tests/csrc -name '*.h' -o -name '*.cpp' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 	$(py) -m mypy
 
 # the C++ kernels against plain loops, under AddressSanitizer and UndefinedBehaviorSanitizer: a

@@ -18,6 +18,12 @@ import fastlora
 from fastlora import backends
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--full", action="store_true", help="compile the CUDA kernels for every architecture"
+    )
+
+
 @pytest.fixture(params=["reference", "native", "triton"])
 def backend_name(request):
     """Each of the backends for CPU tensors."""

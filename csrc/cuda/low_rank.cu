@@ -1,0 +1,100 @@
+// out = m∘(c left rightᵀ + bias), written as whole vectors: what is read is little.
+//
+// A block has a slab of 256 columns, of which each warp keeps its part of the factor in registers,
+// and a chunk of rows, 32 at a time.
+#include "fastlora/low_rank.cuh"
+#include "fastlora/product.cuh"
+#include "fastlora/reduce.cuh"
+#include "fastlora/tile.cuh"
+
+namespace fastlora::cuda {
+namespace {
+
+constexpr int kSlab = kWarps * kTileCols;
+
+template <class T, int Ranks>
+__global__ void __launch_bounds__(kThreads, Ranks > 16 ? 1 : 2)
+    low_rank_kernel(Matrix left, const T* right, int64_t n_stride, int64_t r_stride, Matrix bias,
+                    Factor c, const uint8_t* mask, T* out, int64_t out_stride, int64_t chunk,
+                    int N) {
+  using Rows = SplitRows<T, Ranks>;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+  const int column = blockIdx.x * kSlab + warp * kTileCols, mine = column + kVector * q;
+  const int64_t begin = blockIdx.y * chunk, end = min(begin + chunk, left.rows);
+  const int r = int(left.cols), tiles = max(1, (r + Ranks - 1) / Ranks);
+  const int64_t row_bytes = mask_bytes(N);
+  T* split = shared_memory<T>();
+
+  float start[kVector] = {};
+  if (bias.data && mine < N)
+#pragma unroll
+    for (int i = 0; i < kVector; ++i)
+      start[i] = load(bias.data, bias.dtype, (mine + i) * bias.col_stride);
+  const float scale = value(c);
+
+  Rows rows;
+  RightFactor<T, Ranks> factor;
+  rows.fetch(left.data, left.dtype, left.row_stride, left.col_stride, begin, end, 0, r);
+  factor.fetch(right, n_stride, r_stride, column, N, 0, r);
+  float sum[2][4][4] = {};
+  // more ranks than a tile has: all of its tiles for 32 rows, then for the next
+  int turn = 0, tile = 0;
+  for (int64_t row = begin; row < end; turn ^= 1) {
+    T* here = split + turn * 2 * Rows::kPart;
+    rows.put(here);
+    __syncthreads();
+    const int next = tile + 1 < tiles ? tile + 1 : 0;
+    const int64_t next_row = next ? row : row + kTileRows;
+    rows.fetch(left.data, left.dtype, left.row_stride, left.col_stride, next_row, end, next * Ranks,
+               r);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) factor.multiply_rows(sum[half], here, 16 * half);
+    if (tiles > 1) factor.fetch(right, n_stride, r_stride, column, N, next * Ranks, r);
+    if (!next) {
+#pragma unroll
+      for (int i = 0; i < kTileVectors; ++i) {
+        const int64_t m = row + 8 * i + g;
+        if (m >= end || mine >= N) continue;
+        uint32_t words[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const float (&pair)[4] = sum[i / 2][j];
+          words[j] = pack<T>(scale * pair[i % 2 * 2] + start[2 * j],
+                             scale * pair[i % 2 * 2 + 1] + start[2 * j + 1]);
+        }
+        uint4 x = {words[0], words[1], words[2], words[3]};
+        if (mask) x = dropped_by(mask[m * row_bytes + mine / 8]).keep(x);
+        *reinterpret_cast<uint4*>(out + m * out_stride + mine) = x;
+      }
+#pragma unroll
+      for (int i = 0; i < 32; ++i) sum[i / 16][i / 4 % 4][i % 4] = 0;
+    }
+    tile = next;
+    row = next_row;
+  }
+}
+
+}  // namespace
+
+cudaError_t low_rank(const Matrix& left, const Matrix& right, const Matrix& bias, Factor c,
+                     const uint8_t* mask, const Matrix& out, cudaStream_t stream) {
+  const int64_t M = out.rows, N = out.cols, r = left.cols;
+  if (!is_vectors(out, right.dtype) || N >= 1 << 30)
+    return product(M, N, r, view(left), transposed(right), view(bias), c,
+                   masked(view(out), mask, N), stream);
+  const int64_t slabs = blocks_of(N, kSlab);
+  const Chunks chunks(M, kTileRows, slabs, 4 * kPrograms);
+  return with_type(out.dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto start = [&](auto kernel, size_t shared) {
+      return launch(kernel, dim3(unsigned(slabs), chunks.count), kThreads, shared, stream, left,
+                    static_cast<const T*>(right.data), right.row_stride, right.col_stride, bias, c,
+                    mask, static_cast<T*>(out.data), out.row_stride, chunks.rows, int(N));
+    };
+    return r <= 16   ? start(low_rank_kernel<T, 16>, 2 * SplitRows<T, 16>::kBytes)
+           : r <= 32 ? start(low_rank_kernel<T, 32>, 2 * SplitRows<T, 32>::kBytes)
+                     : start(low_rank_kernel<T, 64>, 2 * SplitRows<T, 64>::kBytes);
+  });
+}
+
+}  // namespace fastlora::cuda

@@ -1,0 +1,12 @@
+// The product of rows of a few numbers with a factor, which expand, grad_input and delta are.
+#pragma once
+
+#include "stages.h"
+
+namespace fastlora::cuda {
+
+// out (M, N) = m∘(c left (M, r) rightᵀ + bias (1, N)), right: (N, r).
+cudaError_t low_rank(const Matrix& left, const Matrix& right, const Matrix& bias, Factor c,
+                     const uint8_t* mask, const Matrix& out, cudaStream_t stream);
+
+}  // namespace fastlora::cuda

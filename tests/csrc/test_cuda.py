@@ -1,0 +1,249 @@
+"""The CUDA kernels without a GPU: run on an emulated device, and compiled for real ones."""
+
+import ctypes
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CXX = os.environ.get("CXX", "c++")
+# a null pointer faults anyway; without these two, compiling takes two thirds of the time
+SANITIZERS = (
+    "-fsanitize=address,undefined",
+    "-fno-sanitize=null,pointer-overflow",
+    "-fno-sanitize-recover=all",
+)
+SOURCES = sorted(ROOT.glob("csrc/cuda/*.cu"))
+INCLUDES = ("-Itests/csrc", "-Icsrc/include")
+# of both compilers; loops that only one of them unrolls are none
+WARNINGS = "-Wall,-Wextra,-Werror,-Wno-unknown-pragmas"
+ARCHITECTURES = ("sm_80", "sm_90a")
+# with --full; the first two differ from sm_80 in nothing that the kernels use
+MORE_ARCHITECTURES = ("sm_86", "sm_89", "sm_100")
+REGISTERS = 65536
+# of a block of the kernels on tensor cores
+THREADS = 256
+
+
+def run(*command, **options):
+    options = {"capture_output": True, "text": True, "cwd": ROOT, **options}
+    return subprocess.run([str(word) for word in command], **options)
+
+
+def toolkit():
+    """The folder of the CUDA toolkit, which nvcc names."""
+    nvcc = shutil.which("nvcc")
+    if not nvcc:
+        pytest.skip("needs nvcc, and the headers of CUDA with it")
+    said = run(nvcc, "--dryrun", "-c", "-x", "cu", "/dev/null", "-o", "/dev/null").stderr
+    return Path(re.search(r"^#\$ TOP=(.*)$", said, re.M)[1])
+
+
+def test_the_kernels_on_an_emulated_device(tmp_path):
+    """Under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("the emulated device switches stacks in x86-64 assembly")
+    if not shutil.which(CXX.split()[0]):
+        pytest.skip(f"no C++ compiler: {CXX}")
+    probe = [*CXX.split(), *SANITIZERS, "-x", "c++", "-", "-o", tmp_path / "probe"]
+    if (found := run(*probe, input="int main() {}")).returncode:
+        pytest.skip(f"{CXX} has no sanitizers: {found.stderr.strip().splitlines()[-1]}")
+    flags = ("-std=c++17", "-O1", "-g1", *WARNINGS.split(","))
+    headers = ("-DFASTLORA_EMULATED", *INCLUDES, "-isystem", toolkit() / "include")
+
+    def build(source):
+        out = tmp_path / f"{source.name}.o"
+        command = (*CXX.split(), *flags, *SANITIZERS, *headers, "-x", "c++", "-c", source)
+        result = run(*command, "-o", out)
+        assert result.returncode == 0, result.stderr
+        return out
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(build, [*SOURCES, ROOT / "tests/csrc/test_cuda.cpp"]))
+    program = tmp_path / "test_cuda"
+    linked = run(*CXX.split(), *SANITIZERS, *objects, "-o", program)
+    assert linked.returncode == 0, linked.stderr
+    result = run(program)
+    assert result.returncode == 0, result.stderr
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel: its template arguments, and what it asks for.
+
+    Args:
+        ranks: Ranks of a tile; 0 for kernels that use no tensor cores.
+        flag: Its last template argument: whether it draws a mask, or writes dX.
+        local: Bytes of local memory, spilled registers among it.
+        code: Its instructions, and before each the label there, if any: (label, name, operands).
+    """
+
+    name: str
+    ranks: int
+    flag: bool
+    registers: int
+    local: int
+    code: list[tuple[str, str, str]]
+
+    @property
+    def blocks(self):
+        """How many fit on a multiprocessor, as far as registers go, which come by the eight."""
+        return REGISTERS // (THREADS * -(-self.registers // 8) * 8)
+
+    def counts(self):
+        return Counter(name.partition(".")[0] for _, name, _ in self.code)
+
+    def main_loop(self):
+        """The instructions of the shortest loop that copies and multiplies."""
+        places = {label: i for i, (label, _, _) in enumerate(self.code) if label}
+        loops = []
+        for end, (_, name, operands) in enumerate(self.code):
+            target = re.search(r"\((\.L_\w+)\)", operands)
+            begin = places.get(target[1], end) if name.startswith("BRA") and target else end
+            names = {name.partition(".")[0] for _, name, _ in self.code[begin : end + 1]}
+            if {"HMMA", "LDGSTS"} <= names:
+                loops.append(self.code[begin : end + 1])
+        return min(loops, key=len)
+
+
+def disassembler():
+    """nvdisasm, of the toolkit or of Triton."""
+    if path := shutil.which("nvdisasm"):
+        return path
+    if triton := find_spec("triton"):
+        path = Path(triton.origin).parent / "backends/nvidia/bin/nvdisasm"
+        if path.exists():
+            return path
+    pytest.skip("needs nvdisasm, from the toolkit or with Triton")
+
+
+def listing(cubin):
+    """The instructions of each kernel of a cubin."""
+    result = run(disassembler(), "--print-code", "--no-dataflow", cubin)
+    assert result.returncode == 0, result.stderr
+    kernels, code, label = {}, [], ""
+    for line in result.stdout.splitlines():
+        if found := re.match(r"\.text\.(\w+):", line):
+            code = kernels.setdefault(found[1], [])
+        elif found := re.match(r"(\.L_\w+):", line):
+            label = found[1]
+        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)", line):
+            code.append((label, found[1], found[2]))
+            label = ""
+    return kernels
+
+
+def compile_source(source, architecture, folder):
+    """The kernels of one source."""
+    target = f"arch={architecture.replace('sm', 'compute')},code={architecture}"
+    options = ("-std=c++17", "-O3", "-gencode", target, *INCLUDES, "-Werror", "all-warnings")
+    options += ("-Xcompiler", f"-fPIC,{WARNINGS}", "-Xptxas", "-v")
+    kept = ("--keep", "--keep-dir", folder)
+    result = run("nvcc", *options, *kept, "-c", source, "-o", folder / f"{source.stem}.o")
+    assert result.returncode == 0, result.stderr
+    report = r"entry function '(\w+)'.*?(\d+) bytes stack frame.*?Used (\d+) registers"
+    used = re.findall(report, result.stderr, re.S)
+    code = listing(folder / f"{source.stem}.cubin") if used else {}
+    kernels = []
+    for symbol, local, registers in used:
+        name = re.search(r"\d([a-z_]+)_kernel", symbol)[1]
+        template = re.search(r"_kernelI\w+?Li(\d+)E(?:Lb([01])E)?E", symbol)
+        ranks, flag = (int(template[1]), template[2] == "1") if template else (0, False)
+        if name == "product":
+            ranks = 0
+        kernels.append(Kernel(name, ranks, flag, int(registers), int(local), code[symbol]))
+    return kernels
+
+
+@dataclass(frozen=True)
+class Build:
+    """The kernels, and the folder with the objects they are in."""
+
+    architecture: str
+    kernels: list[Kernel]
+    folder: Path
+
+
+def pytest_generate_tests(metafunc):
+    if "build" in metafunc.fixturenames:
+        more = MORE_ARCHITECTURES if metafunc.config.getoption("full", False) else ()
+        metafunc.parametrize("build", ARCHITECTURES + more, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def build(request, tmp_path_factory):
+    """Everything, compiled for an architecture; no warning is let pass."""
+    toolkit()
+    folder = tmp_path_factory.mktemp(request.param)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        compiled = pool.map(lambda source: compile_source(source, request.param, folder), SOURCES)
+        kernels = [kernel for of_source in compiled for kernel in of_source]
+    return Build(request.param, kernels, folder)
+
+
+@pytest.fixture
+def kernels(build):
+    return build.kernels
+
+
+def test_the_objects_link_and_load_without_a_gpu(build):
+    library = build.folder / "kernels.so"
+    linked = run("nvcc", "-shared", *build.folder.glob("*.o"), "-o", library)
+    assert linked.returncode == 0, linked.stderr
+    # every symbol there, at once
+    ctypes.CDLL(str(library), os.RTLD_NOW)
+
+
+def test_nothing_is_kept_in_local_memory(build):
+    """But a few registers of one kernel on one architecture, where it is not tuned."""
+    for kernel in build.kernels:
+        if (build.architecture, kernel.name, kernel.ranks) == ("sm_100", "shrink", 64):
+            assert kernel.local <= 24
+            continue
+        assert kernel.local == 0, kernel.name
+        assert not {"LDL", "STL"} & kernel.counts().keys(), kernel.name
+
+
+def test_16_bit_kernels_use_tensor_cores_and_asynchronous_copies(kernels):
+    found = {kernel.name for kernel in kernels if kernel.ranks}
+    assert found == {"shrink", "low_rank", "grad_expand", "grad_shrink"}
+    for kernel in kernels:
+        counts = kernel.counts()
+        assert bool(counts["HMMA"]) == bool(kernel.ranks), kernel.name
+        assert bool(counts["LDGSTS"]) == (kernel.ranks and kernel.name != "low_rank"), kernel.name
+
+
+def test_two_blocks_fit_on_a_multiprocessor(kernels):
+    """As far as registers go; one of many ranks."""
+    for kernel in kernels:
+        for_two = {"low_rank": 16, "grad_shrink": 16 if kernel.flag else 32}
+        if kernel.ranks:
+            wanted = 2 if kernel.ranks <= for_two.get(kernel.name, 64) else 1
+            assert kernel.blocks >= wanted, kernel
+
+
+def test_a_mask_costs_ten_instructions_an_element(kernels):
+    """At most: drawing it, applying it and writing it.
+
+    Counted are all instructions of the main loop, also those of its fourth round alone, which
+    writes the mask; a thread has 32 elements a round.
+    """
+    loops = {}
+    for kernel in kernels:
+        if kernel.name == "shrink":
+            loop = kernel.main_loop()
+            assert sum(name.startswith("HMMA") for _, name, _ in loop) == kernel.ranks // 2
+            loops.setdefault((kernel.ranks, kernel.flag), []).append(len(loop))
+    assert len(loops) == 6
+    for ranks in (16, 32, 64):
+        for drawing, without in zip(loops[ranks, True], loops[ranks, False], strict=True):
+            assert drawing - without <= 10 * 32, ranks
