@@ -57,3 +57,24 @@ def test_forward(benchmark: BenchmarkFixture, provider: str) -> None:
 def test_step(benchmark: BenchmarkFixture, provider: str, shape: Shape) -> None:
     case = _case(provider, shape)
     _run(benchmark, case.step, f"forward + backward, {shape.label}, p={shape.p:g}")
+
+
+TRITON_STAGES = ("shrink", "expand_start", "grad_expand", "grad_shrink", "grad_input_start")
+
+
+@pytest.mark.parametrize("stage", TRITON_STAGES)
+def test_a_triton_stage(
+    benchmark: BenchmarkFixture, stage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host's time until Triton is called: no kernel is started."""
+    pytest.importorskip("triton")
+    from benchmarks import bench_stages
+    from fastlora.kernels import launch
+
+    monkeypatch.setattr(launch, "_start", lambda *call: None)
+    monkeypatch.setattr(launch, "_architecture", lambda device: "sm_90")
+    launch.architecture.cache_clear()
+    step = bench_stages.kernels(bench_stages.Operands(TINY, torch.device("cpu")))[stage].step
+    benchmark.group = "a Triton stage, before Triton"
+    benchmark(step)
+    launch.architecture.cache_clear()
