@@ -4,7 +4,8 @@ An operand that is wide (float32: S, dS, or factors kept so) meets one of 16 bit
 How, is the ``PRECISION`` of a kernel:
 
 - ``"split"``, 16-bit operands and factors: S and dS are split into a 16-bit value and a 16-bit
-  remainder, and both are multiplied: twice the bits of mantissa, at the speed of 16 bits.
+  remainder, and both are multiplied: twice the bits of mantissa, at the speed of 16 bits. Where
+  the other operand is infinite, the two may cancel: NaN, where one product would be infinite.
 - ``"tf32x3"``, float32 factors over 16 bits: all is widened, and the product is as exact as in
   float32, which is what the gradients of such factors are delivered in.
 - ``"tf32"`` for the same where the result is rounded to 16 bits in the end.

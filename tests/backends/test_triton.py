@@ -31,6 +31,8 @@ CASES = [
     (50, 75, 105, 16, 0.1, False, UNEVEN),
     (40, 33, 96, 8, 0.1, True, BY_HEAD),
     (70, 64, 50, 65, 0.0, True, None),
+    (45, 56, 48, 33, 0.1, True, None),
+    (34, 48, 44, 64, 0.5, False, None),
     (33, 40, 36, 1, 1.0, False, None),
 ]
 
@@ -116,6 +118,21 @@ def test_the_fused_products_are_right():
         mask = dropout.draw_mask(torch.tensor([5], device=DEVICE), M, K, 16384)
         dX = grad_input_fused(dY, W, dS, A, mask)
         assert torch.equal(dX, dY @ W + dropout.keep(dS @ A, mask))
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["x", "grad", "lora_A", "lora_B"])
+def test_what_is_not_finite_goes_where_the_reference_puts_it(name, value, dtypes):
+    """As NaN or Inf: a split factor makes NaN of some Inf."""
+    dtype, factor_dtype = DTYPES[dtypes]
+    inputs = testing.make_inputs(
+        *(20, 40, 24, 3), p=0.5, dtype=dtype, factor_dtype=factor_dtype, device=DEVICE
+    )
+    getattr(inputs, name)[2, 1] = value
+    expected = testing.fused(inputs, "reference")
+    for output, got in testing.fused(inputs, "triton").items():
+        assert torch.equal(got.isfinite(), expected[output].isfinite()), output
 
 
 def test_float64_is_refused_by_name():
