@@ -1,9 +1,12 @@
 """No number without a right result: the check that stands before each timing.
 
 What a step computes is held against float64, by the rule of ``fastlora.testing``: no worse than the
-plain composition of the same dtypes, given the same mask. The mask of a step is found by running it
-once more, from the same state of torch's generator, on factors and gradients of ones over a weight
-of zeros: the gradient of x is then zero where an element was dropped, and nowhere else.
+plain composition of the same dtypes, given the same mask. Others may round more often than that,
+but not compute something else: they are allowed ten times its errors.
+
+The mask of a step is found by running it once more, from the same state of torch's generator, on
+factors and gradients of ones over a weight of zeros: the gradient of x is then zero where an
+element was dropped, and nowhere else.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,6 +30,8 @@ from benchmarks.shapes import Shape
 CPU_ROWS = 512
 # an error of few elements says nothing: small shapes are drawn several times and judged together
 ELEMENTS = 1 << 13
+# loralib's MergedLinear, a convolution over the ranks, has 1.1 times the errors of the composition
+OTHERS_SLACK = 10.0
 
 Parameters = dict[str, Tensor]
 Results = dict[str, Tensor]
@@ -76,7 +81,7 @@ def check_case(shape: Shape, case: Case) -> None:
             for run, result in zip(runs, (got, plain, exact), strict=True):
                 run.append(result)
     together = ({name: torch.stack([r[name] for r in run]) for name in run[0]} for run in runs)
-    testing.assert_no_worse(*together)
+    testing.assert_no_worse(*together, slack=1.0 if case.ours else OTHERS_SLACK)
 
 
 def _roles(module: nn.Module) -> Parameters:
@@ -130,7 +135,7 @@ def _composition(
     """Base, dropout, A, B, scale, add, with the mask ``keep``; all operands ``cast`` first."""
     own = {n: cast(p.detach()).requires_grad_(p.requires_grad) for n, p in parameters.items()}
     A, B = own["lora_A"], own["lora_B"]
-    p = round(shape.p * 65536) / 65536 if case.quantised else shape.p
+    p = round(shape.p * 65536) / 65536 if case.ours else shape.p
 
     def layer(x: Tensor) -> Tensor:
         y = F.linear(x, own["weight"], own["bias"])

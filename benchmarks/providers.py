@@ -62,13 +62,13 @@ class Case:
         module: The layer.
         inputs: What it runs on.
         context: In which it runs.
-        quantised: Its dropout probability is rounded to 2**-16, as fastlora's is.
+        ours: It is fastlora, which rounds its dropout probability to 2**-16.
     """
 
     module: nn.Module
     inputs: Inputs
     context: Callable[[], AbstractContextManager[object]] = nullcontext
-    quantised: bool = False
+    ours: bool = False
 
     def forward(self) -> Tensor:
         """The layer's output."""
@@ -335,7 +335,7 @@ def fastlora_fused(shape: Shape, inputs: Inputs) -> Case:
         ):
             yield
 
-    return Case(_layer_like_loralib(fastlora, shape, inputs), inputs, fused, quantised=True)
+    return Case(_layer_like_loralib(fastlora, shape, inputs), inputs, fused, ours=True)
 
 
 def fastlora_with(backend: str) -> Setup:
@@ -347,12 +347,12 @@ def fastlora_with(backend: str) -> Setup:
         except ImportError as error:
             raise Skipped(f"not importable: {error}") from error
         if backend == "auto":
-            return Case(_layer_like_loralib(fastlora, shape, inputs), inputs, quantised=True)
+            return Case(_layer_like_loralib(fastlora, shape, inputs), inputs, ours=True)
         reasons = fastlora.backends.available(inputs.x.device.type)
         if reason := reasons.get(backend, "no such backend"):
             raise Skipped(reason)
         layer = _layer_like_loralib(fastlora, shape, inputs)
-        return Case(layer, inputs, lambda: fastlora.use_backend(backend), quantised=True)
+        return Case(layer, inputs, lambda: fastlora.use_backend(backend), ours=True)
 
     return setup
 
