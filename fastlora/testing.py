@@ -136,6 +136,7 @@ def assert_no_worse(
     got: Mapping[str, Tensor],
     plain: Mapping[str, Tensor],
     exact: Mapping[str, Tensor],
+    *,
     slack: float = 1.0,
 ) -> None:
     """Raises AssertionError unless every tensor of ``got`` passes the rule of this module.
