@@ -124,8 +124,8 @@ def _wrong_results(backend: str, device: str) -> list[str]:
 
 
 def _devices(backend: str) -> list[str]:
-    gpu = ["cuda"] if torch.cuda.is_available() else []
-    return ["cpu", *gpu] if backend == "reference" else gpu or ["cpu"]
+    there = ["cpu", *["cuda"] * torch.cuda.is_available()]
+    return [device for device in there if backends.available(device)[backend] is None]
 
 
 def _version(package: str) -> str | None:

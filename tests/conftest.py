@@ -17,6 +17,8 @@ if find_spec("triton") and not torch.cuda.is_available():
 import fastlora
 from fastlora import backends
 
+from .csrc.emulated import load as load_emulated
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -24,9 +26,20 @@ def pytest_addoption(parser):
     )
 
 
-@pytest.fixture(params=["reference", "native", "triton"])
-def backend_name(request):
-    """Each of the backends for CPU tensors."""
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """The operators for CUDA tensors on the emulated device, built once for all workers."""
+    folder = tmp_path_factory.getbasetemp()
+    return load_emulated(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
+
+
+@pytest.fixture(params=["reference", "native", "triton", "emulated"])
+def backend_name(request, monkeypatch):
+    """Each of the backends for CPU tensors, and the one that takes them for CUDA tensors."""
+    if request.param == "emulated":
+        module = request.getfixturevalue("emulated")
+        monkeypatch.setitem(backends._BACKENDS, "emulated", module)
+        monkeypatch.setattr(backends, "NAMES", (*backends.NAMES, "emulated"))
     if reason := backends.available("cpu")[request.param]:
         pytest.skip(f"{request.param}: {reason}")
     return request.param

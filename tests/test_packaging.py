@@ -51,7 +51,8 @@ def build(tree, kind, mode="0", check=True, block_torch=False, **env):
     """Run the build backend in ``tree`` as a frontend would; the result lies beside it."""
     block = "import sys; sys.modules['torch'] = None\n" if block_torch else ""
     code = f"from setuptools import build_meta\nbuild_meta.build_{kind}({str(tree.parent)!r})"
-    result = run(block + code, tree, FASTLORA_BUILD=mode, **env)
+    env = {"FASTLORA_BUILD": mode, "FASTLORA_CUDA": "0", **env}
+    result = run(block + code, tree, **env)
     assert result.returncode == 0 or not check, result.stdout + result.stderr
     return result
 
@@ -123,7 +124,12 @@ def test_sdist_holds_all_sources(built):
         if path.suffix in suffixes and not any(part.startswith(".") for part in path.parts)
     }
     top = {"pyproject.toml", "setup.py", "Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
-    assert {"csrc/bindings.cpp", "csrc/cpu/kernels.h", "csrc/cpu/stages.inc"} <= wanted
+    assert {
+        "csrc/bindings/cuda.cpp",
+        "csrc/cuda/shrink.cu",
+        "csrc/cpu/kernels.h",
+        "csrc/cpu/stages.inc",
+    } <= wanted
     assert wanted | top | {"LICENSE", "MANIFEST.in", ".ci/run"} <= packed
 
 
@@ -210,6 +216,40 @@ def test_an_unknown_mode_fails(without_sources):
     result = build(without_sources, "wheel", "yes", check=False)
     assert result.returncode != 0
     assert "must be auto, 0 or 1, got 'yes'" in result.stderr
+
+
+@pytest.fixture
+def with_kernels(with_sources):
+    (with_sources / "csrc/include").mkdir()
+    for name in ("csrc/probe.cu", "csrc/include/probe.cuh"):
+        (with_sources / name).touch()
+    return with_sources
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"CUDA_HOME": "/nonexistent"}, "nvcc is neither in CUDA_HOME nor on PATH"),
+        ({"TORCH_CUDA_ARCH_LIST": "8.0;Hopper"}, "TORCH_CUDA_ARCH_LIST: got 'Hopper', expected"),
+        ({"TORCH_CUDA_ARCH_LIST": "1.0"}, "returned non-zero exit status"),
+    ],
+)
+def test_demanded_kernels_that_cannot_be_built(with_kernels, env, message):
+    if "CUDA_HOME" not in env and not shutil.which("nvcc"):
+        pytest.skip("needs nvcc")
+    result = build(with_kernels, "wheel", "1", check=False, FASTLORA_CUDA="1", **env)
+    assert result.returncode != 0
+    assert "FASTLORA_CUDA=1, but the kernels cannot be built: " in result.stderr
+    assert message in result.stderr
+
+
+@needs_compiler
+def test_without_kernels_the_rest_is_built(with_kernels):
+    env = {"FASTLORA_CUDA": "auto", "CUDA_HOME": "/nonexistent"}
+    result = build(with_kernels, "wheel", "1", **env)
+    assert "fastlora: building without CUDA kernels: " in result.stdout
+    assert has_extension(with_kernels.parent)
 
 
 @needs_compiler

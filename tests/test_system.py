@@ -194,7 +194,11 @@ def test_programs_run_on_the_chosen_backend(case, backend):
     for graph in (*graphs, program):
         operators = {str(n.target) for n in graph.graph.nodes if "fastlora" in str(n.target)}
         direction = "backward" if graph in graphs[1::2] else "forward"
-        namespace = {"native": "fastlora", "triton": "fastlora_triton"}.get(backend)
+        namespace = {
+            "native": "fastlora",
+            "triton": "fastlora_triton",
+            "emulated": "fastlora_emulated",
+        }.get(backend)
         expected = {f"{namespace}.{direction}.default"} if namespace else set()
         assert operators == expected
 

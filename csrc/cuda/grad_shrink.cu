@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kThreads, Ranks > (Input ? 16 : 32) ? 1 : 2)
         }
       if constexpr (Input) {
         float out[4][4] = {};
-        factor.multiply_rows(out, here, 16 * half);
+        factor.multiply_rows(out, here, 16 * half, false);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int64_t m = row + g + 8 * i + 16 * half;

@@ -31,6 +31,7 @@ __global__ void __launch_bounds__(kThreads, Ranks > 16 ? 1 : 2)
     for (int i = 0; i < kVector; ++i)
       start[i] = load(bias.data, bias.dtype, (mine + i) * bias.col_stride);
   const float scale = value(c);
+  const bool exact = left.dtype != Dtype::f32;
 
   Rows rows;
   RightFactor<T, Ranks> factor;
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(kThreads, Ranks > 16 ? 1 : 2)
     rows.fetch(left.data, left.dtype, left.row_stride, left.col_stride, next_row, end, next * Ranks,
                r);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) factor.multiply_rows(sum[half], here, 16 * half);
+    for (int half = 0; half < 2; ++half) factor.multiply_rows(sum[half], here, 16 * half, exact);
     if (tiles > 1) factor.fetch(right, n_stride, r_stride, column, N, next * Ranks, r);
     if (!next) {
 #pragma unroll

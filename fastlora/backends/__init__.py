@@ -5,7 +5,7 @@ A backend is a module of this folder.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Protocol, cast
 
@@ -25,13 +25,11 @@ class Backend(Protocol):
 
     Attributes:
         name: One of :data:`NAMES`.
-        devices: Types of the devices it has kernels for; None: all that torch has.
-        dtypes: Those of x that it has kernels for; None: all that a layer takes.
+        dtypes: Those of x that it has kernels for, by type of device; None: all that torch has.
     """
 
     name: str
-    devices: tuple[str, ...] | None
-    dtypes: tuple[torch.dtype, ...] | None
+    dtypes: Mapping[str, tuple[torch.dtype, ...]] | None
 
     def why_not(self) -> str | None: ...
 
@@ -134,10 +132,12 @@ def select(name: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.f
     backend = _named(name)
     if reason := _no_kernels(backend, device):
         raise ValueError(f"backend: {name!r} {reason}")
-    if backend.dtypes is not None and dtype not in backend.dtypes:
+    # what is traced may run on any device
+    expected = (backend.dtypes or {}).get(device)
+    if expected is not None and dtype not in expected:
         raise ValueError(
             f"backend: {name!r} has no kernels for {dtype}, expected "
-            f"{' or '.join(map(str, backend.dtypes))}"
+            f"{' or '.join(map(str, expected))}"
         )
     return backend
 
@@ -160,21 +160,25 @@ def use_backend(name: str) -> Iterator[None]:
 
 def passed_over(name: str, device: str) -> str | None:
     """Why "auto" does not take a backend that is usable for tensors on ``device``, or None."""
-    return triton.why_not_alone() if (name, device) == ("triton", "cuda") else None
+    if (name, device) == ("triton", "cuda"):
+        return triton.why_not_alone()
+    if (name, device) == ("native", "cuda"):
+        return "its CUDA kernels were not measured on any GPU yet"
+    return None
 
 
 def _best(device: str, dtype: torch.dtype) -> str:
     if device == "cpu" and native.why_not() is None:
         return "native"
-    usable = device == "cuda" and dtype in triton.dtypes and triton.why_not() is None
+    usable = device == "cuda" and dtype in triton.dtypes["cuda"] and triton.why_not() is None
     return "triton" if usable and passed_over("triton", device) is None else "reference"
 
 
 def _no_kernels(backend: Backend, device: str) -> str | None:
     # operators give shapes without data, whatever they have kernels for
-    if backend.devices is None or device in (*backend.devices, "meta"):
+    if backend.dtypes is None or device in (*backend.dtypes, "meta"):
         return None
-    return f"has no kernels for tensors on {device}, expected {' or '.join(backend.devices)}"
+    return f"has no kernels for tensors on {device}, expected {' or '.join(backend.dtypes)}"
 
 
 def check_name(name: str) -> None:

@@ -1,15 +1,17 @@
-"""The stages in C++, for CPU tensors: each operand is read once, the mask drawn as X is.
+"""The stages in C++ and CUDA C++: each operand is read once, the mask drawn as X is.
 
-The operators are those of ``torch.ops.fastlora``, with kernels from ``csrc/bindings.cpp``.
+The operators are those of ``torch.ops.fastlora``, with kernels from ``csrc/bindings``: for CPU
+tensors, and for CUDA tensors where the extension was built with them.
 """
 
 import warnings
 
-from fastlora.backends.operators import Operators, define
+import torch
+
+from fastlora.backends.operators import FLOATS, Operators, define
 
 name = "native"
-devices: tuple[str, ...] | None = ("cpu",)
-dtypes = None
+dtypes: dict[str, tuple[torch.dtype, ...]] = {"cpu": (*FLOATS, torch.float64)}
 
 _obstacle: str | None = None
 try:
@@ -22,6 +24,9 @@ except ImportError as error:
     # most often: it was built for another version of torch
     _obstacle = f"the C++ extension cannot be loaded: {error}"
     warnings.warn(f"fastlora runs without its C++ extension: {error}", stacklevel=2)
+else:
+    if _C.build_info()["cuda"]:
+        dtypes["cuda"] = FLOATS
 
 
 def why_not() -> str | None:
@@ -30,9 +35,16 @@ def why_not() -> str | None:
 
 
 def description() -> str:
-    """The build of the kernels that runs here: instruction set and vector width."""
+    """The builds of the kernels: instruction set, vector width, architectures of GPUs."""
     info = _C.build_info()
-    return f"{info['instruction_set']}, {info['vector_bits']}-bit vectors"
+    cpu = f"{info['instruction_set']}, {info['vector_bits']}-bit vectors"
+    return f"{cpu}; CUDA for {info['cuda']['architectures']}" if info["cuda"] else cpu
+
+
+def cuda_obstacle() -> str | None:
+    """Why the CUDA kernels do not run on the current device, in the runtime's words, or None."""
+    found: str | None = _C.cuda_obstacle()
+    return found
 
 
 _library = define("fastlora")

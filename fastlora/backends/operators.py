@@ -15,6 +15,8 @@ from fastlora import dropout
 from fastlora.backends.reference import accumulation_dtype
 from fastlora.blocks import Blocks
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
 _SCHEMAS = {
     "forward": "(Tensor X, Tensor W, Tensor? bias, Tensor A, Tensor B, float c, Tensor? scale, "
     "int t, Tensor? seed, int[] splits, bool[] enabled, int interleave) "

@@ -17,7 +17,6 @@ from fastlora import dropout
 from fastlora.blocks import Blocks
 
 name = "reference"
-devices = None
 dtypes = None
 
 # elements of a row block, 2 MiB in fp32: on a 2-core AVX-512 Xeon smaller ones measured slower,

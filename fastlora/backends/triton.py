@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastlora.backends.operators import Operators, define
+from fastlora.backends.operators import FLOATS, Operators, define
 from fastlora.blocks import Blocks
 
 if TYPE_CHECKING:
@@ -24,8 +24,7 @@ def _interpreted() -> bool:
 
 
 name = "triton"
-devices = ("cuda", "cpu") if _interpreted() else ("cuda",)
-dtypes = (torch.float32, torch.bfloat16, torch.float16)
+dtypes = dict.fromkeys(("cuda", "cpu") if _interpreted() else ("cuda",), FLOATS)
 
 
 def why_not() -> str | None:

@@ -1,4 +1,7 @@
-"""The C++ stages against the reference, stage by stage, and their operators inside PyTorch."""
+"""The C++ and CUDA stages against the reference, and their operators inside PyTorch.
+
+Where there is no GPU, the CUDA kernels run on an emulated device.
+"""
 
 import os
 import subprocess
@@ -9,14 +12,14 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from fastlora import dropout, testing
 from fastlora.backends import native, reference
 from fastlora.blocks import Blocks
 
-pytestmark = pytest.mark.skipif(bool(native.why_not()), reason=f"native: {native.why_not()}")
+built = pytest.mark.skipif(bool(native.why_not()), reason=f"native: {native.why_not()}")
 
 # of X, of the factors
 DTYPES = {
@@ -31,6 +34,16 @@ THIRDS = Blocks((84, 84, 84), (True, False, True))
 UNEVEN = Blocks((126, 63, 63), (True, True, True))
 BY_HEAD = Blocks((96, 48, 48), (True, False, True), 3)
 each_dtype = pytest.mark.parametrize("dtypes", DTYPES)
+
+
+@pytest.fixture(params=[pytest.param("cpu", marks=built), "cuda"])
+def stages(request):
+    """The backend with the kernels for tensors on this type of device."""
+    if request.param == "cpu":
+        return native
+    if getattr(request.node, "callspec", None) and "fp64" in request.node.callspec.params.values():
+        pytest.skip("there are no CUDA kernels for fp64")
+    return request.getfixturevalue("emulated")
 
 
 @dataclass
@@ -115,9 +128,9 @@ def normals(seed=0):
     return lambda *shape: torch.randn(shape, generator=generator) * shape[-1] ** -0.5
 
 
-def assert_exact(i):
+def assert_exact(stages, i):
     """Every stage gives what the reference gives in fp64, in the dtype it has there."""
-    got = run(native, i)
+    got = run(stages, i)
     exact = run(reference, i.map(lambda name, t: t.double().resolve_neg()))
     dtypes = {"mask": torch.uint8, "S": i.S.dtype, "dS": i.S.dtype, "Y": i.X.dtype, "dX": i.X.dtype}
     for name, t in exact.items():
@@ -139,18 +152,18 @@ def threads(n):
 
 
 @pytest.mark.parametrize("t", [1, 6554, 32768, 65535, 65536])
-def test_masks_of_every_width(t):
+def test_masks_of_every_width(t, stages):
     for K in range(1, 301):
-        _, mask = native.shrink(torch.zeros(3, K), torch.zeros(1, K), 1.0, t, torch.tensor([5]))
+        _, mask = stages.shrink(torch.zeros(3, K), torch.zeros(1, K), 1.0, t, torch.tensor([5]))
         assert torch.equal(mask, dropout.draw_mask(torch.tensor([5]), 3, K, t)), K
 
 
 @pytest.mark.parametrize("seed", [0, -1, 2**32 + 5, -(2**63), 2**63 - 1])
 @pytest.mark.parametrize("M", [0, 1, 31, 32, 33, 70])
-def test_masks_of_any_height_and_seed(M, seed):
-    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+def test_masks_of_any_height_and_seed(M, seed, stages):
+    for dtype in stages.dtypes["cpu"]:
         X, seeds = torch.zeros(M, 45, dtype=dtype), torch.tensor([seed])
-        _, mask = native.shrink(X, X.new_zeros(1, 45), 1.0, 32768, seeds)
+        _, mask = stages.shrink(X, X.new_zeros(1, 45), 1.0, 32768, seeds)
         assert torch.equal(mask, dropout.draw_mask(seeds, M, 45, 32768))
 
 
@@ -160,10 +173,10 @@ def test_masks_of_any_height_and_seed(M, seed):
 @pytest.mark.parametrize("M", [0, 1, 5, 31, 32, 33, 100])
 @pytest.mark.parametrize("r", [1, 3, 8, 16, 33, 64, 100, 256])
 @each_dtype
-def test_exact_sums(M, r, dtypes):
+def test_exact_sums(M, r, dtypes, stages):
     K, blocks = {1: 1, 3: 7, 8: 33, 100: 300}.get(r, 129), {8: THIRDS, 33: BY_HEAD, 64: UNEVEN}
     blocks = blocks.get(r, Blocks.single(37 * r % 131))
-    assert_exact(operands(M, K, r, dtypes, blocks, signs(), bias=r != 3, t=6554 * (r % 3)))
+    assert_exact(stages, operands(M, K, r, dtypes, blocks, signs(), bias=r != 3, t=6554 * (r % 3)))
 
 
 def composition(i):
@@ -212,13 +225,13 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c[:3])))
 @pytest.mark.parametrize("dtypes", [name for name in DTYPES if name != "fp64"])
-def test_no_less_accurate_than_the_composition(case, dtypes):
+def test_no_less_accurate_than_the_composition(case, dtypes, stages):
     """By the rule of ``fastlora.testing``, stage by stage; small shapes are judged together."""
     M, K, r, blocks, t = case
     results = [], [], []
     for seed in range(max(1, min(64, (1 << 13) // (M * r)))):
         i = operands(M, K, r, dtypes, blocks, normals(seed), t=t)
-        got = run(native, i)
+        got = run(stages, i)
         got.pop("mask", None)
         exact = composition(i.map(lambda name, t: t.double()))
         for result, of in zip(results, (got, composition(i), exact), strict=True):
@@ -279,20 +292,20 @@ def memory(i):
 @pytest.mark.parametrize("view", [view for view in VIEWS if view != "contiguous"])
 @pytest.mark.parametrize("name", ["X", "W", "bias", "A", "B", "dY"])
 @each_dtype
-def test_any_strides(name, view, dtypes):
+def test_any_strides(name, view, dtypes, stages):
     for M, K, r, blocks in ((33, 131, 3, BY_HEAD), (2, 64, 16, UNEVEN)):
         i = seen_as(operands(M, K, r, dtypes, blocks, signs(), t=6554), {name: view})
         before = memory(i)
-        assert_exact(i)
+        assert_exact(stages, i)
         assert all(torch.equal(t, before[name]) for name, t in memory(i).items())
 
 
 @pytest.mark.parametrize("name", CONTIGUOUS)
-def test_sums_of_another_layout_are_refused(name):
+def test_sums_of_another_layout_are_refused(name, stages):
     i = operands(5, 7, 3, "fp32", Blocks.single(9), signs())
     for view in ("transposed", "sliced", "equal rows", "equal columns"):
         with pytest.raises(ValueError, match=f"{name}: got Float with strides"):
-            run(native, seen_as(i, {name: view}))
+            run(stages, seen_as(i, {name: view}))
 
 
 @contextmanager
@@ -315,7 +328,13 @@ blocks_of_any_size = st.builds(
 )
 
 
-@settings(max_examples=600, derandomize=True, deadline=None, database=None)
+@settings(
+    max_examples=600,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(
     M=st.integers(0, 80),
     K=st.integers(1, 280),
@@ -328,11 +347,12 @@ blocks_of_any_size = st.builds(
         dict.fromkeys(("X", "W", "bias", "A", "B", "dY"), st.sampled_from(list(VIEWS)))
     ),
 )
-def test_anything_goes(M, K, r, dtypes, blocks, t, bias, views):
+def test_anything_goes(M, K, r, dtypes, blocks, t, bias, views, stages):
     """Shapes, blocks, dtypes and strides at random; every element of a result is written."""
+    assume(DTYPES[dtypes][0] in stages.dtypes["cpu"])
     i = seen_as(operands(M, K, r, dtypes, blocks, signs(), bias=bias, t=t), views)
     with new_memory_holds_nan():
-        assert_exact(i)
+        assert_exact(stages, i)
 
 
 # ---- NaN and Inf
@@ -342,24 +362,27 @@ def test_anything_goes(M, K, r, dtypes, blocks, t, bias, views):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["X", "W", "bias", "A", "B", "S", "dY", "dS"])
 @each_dtype
-def test_nan_and_inf_go_where_the_reference_puts_them(name, value, t, dtypes):
+def test_nan_and_inf_go_where_the_reference_puts_them(name, value, t, dtypes, stages):
     i = operands(35, 37, 3, dtypes, Blocks((16, 8), (True, False)), signs(), t=t)
     planted = getattr(i, name)
     for index in ((0, 1), (1, 0), (-1, -1)):
         planted[index[: planted.dim()]] = value
-    got, expected = run(native, i), run(reference, i)
+    got, expected = run(stages, i), run(reference, i)
     assert not all(t.isfinite().all() for t in expected.values())
+    if stages is not native and name in ("B", "dY") and i.X.dtype == i.A.dtype != torch.float32:
+        # infinity times both parts of a number of S or dS may be infinity less infinity
+        got, expected = ({of: t.isfinite().int() for of, t in r.items()} for r in (got, expected))
     for result, e in expected.items():
         assert torch.equal(got[result].nan_to_num(7, 8, 9), e.nan_to_num(7, 8, 9)), result
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_is_pytorchs(dtype):
+def test_rounding_is_pytorchs(dtype, stages):
     """Of every number of 16 bits times some: ties, denormals, overflow, NaN."""
     A = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).unsqueeze(0)
     others = [1.0, 1.0 + torch.finfo(dtype).eps, -3.0, 1 / 3, 1e-3, 2.0**-14, 1e4]
     B = torch.tensor(others, dtype=dtype).unsqueeze(1)
-    got = native.delta(A, B, 1.0, Blocks.single(len(B)))
+    got = stages.delta(A, B, 1.0, Blocks.single(len(B)))
     expected = (B.float() * A.float() + 0.0).to(dtype)
     assert torch.equal(got.isnan(), expected.isnan())
     numbers = ~expected.isnan()
@@ -371,51 +394,52 @@ def test_rounding_is_pytorchs(dtype):
 
 @pytest.mark.parametrize("needs", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)])
 @each_dtype
-def test_passes_are_their_stages(dtypes, needs):
+def test_passes_are_their_stages(dtypes, needs, stages):
     i, needs = operands(33, 131, 3, dtypes, BY_HEAD, normals(), t=6554), [bool(n) for n in needs]
     with threads(1):
-        Y, S, mask = native.forward(i.X, i.W, i.bias, i.A, i.B, i.c, i.t, i.seed, i.blocks)
-        passes = native.backward(i.dY, i.X, i.W, i.A, i.B, S, mask, i.c, i.blocks, *needs)
-        expected_S, expected_mask = native.shrink(i.X, i.A, i.c, i.t, i.seed)
-        dS, dB = native.grad_expand(i.dY, S, i.B, i.c, i.blocks, True, True)
-        stages = (
-            native.grad_input(i.dY, i.W, dS, i.A, mask),
-            native.grad_shrink(dS, i.X, mask, i.A),
+        Y, S, mask = stages.forward(i.X, i.W, i.bias, i.A, i.B, i.c, i.t, i.seed, i.blocks)
+        passes = stages.backward(i.dY, i.X, i.W, i.A, i.B, S, mask, i.c, i.blocks, *needs)
+        expected_S, expected_mask = stages.shrink(i.X, i.A, i.c, i.t, i.seed)
+        dS, dB = stages.grad_expand(i.dY, S, i.B, i.c, i.blocks, True, True)
+        expected_passes = (
+            stages.grad_input(i.dY, i.W, dS, i.A, mask),
+            stages.grad_shrink(dS, i.X, mask, i.A),
             dB,
         )
-        assert torch.equal(Y, native.expand(i.X, i.W, i.bias, S, i.B, i.blocks))
+        assert torch.equal(Y, stages.expand(i.X, i.W, i.bias, S, i.B, i.blocks))
     assert torch.equal(S, expected_S) and torch.equal(mask, expected_mask)
-    for got, expected, need in zip(passes, stages, needs, strict=True):
+    for got, expected, need in zip(passes, expected_passes, needs, strict=True):
         assert torch.equal(got, expected) if need else got is None
 
 
-def test_c_may_be_a_tensor():
+def test_c_may_be_a_tensor(stages):
     i = operands(5, 7, 3, "fp32", Blocks.single(9), signs())
-    expected = run(native, i)
+    expected = run(stages, i)
     for c in (torch.tensor(0.5), torch.tensor([0.5]), torch.tensor(0.5, dtype=torch.bfloat16)):
         i.c = c
-        assert all(torch.equal(t, expected[name]) for name, t in run(native, i).items())
+        assert all(torch.equal(t, expected[name]) for name, t in run(stages, i).items())
 
 
 # ---- threads
 
 
+@built
 @pytest.mark.parametrize("n", [2, 3, 8])
 @pytest.mark.parametrize("dtypes", ["fp32", "bf16 under fp32", "fp64"])
 def test_any_number_of_threads(n, dtypes):
     for M in (17, 100):
         with threads(n):
-            assert_exact(operands(M, 300, 8, dtypes, UNEVEN, signs(), t=6554))
+            assert_exact(native, operands(M, 300, 8, dtypes, UNEVEN, signs(), t=6554))
 
 
 @pytest.mark.parametrize("n", [1, 2])
 @each_dtype
-def test_repeats_bit_for_bit(n, dtypes):
+def test_repeats_bit_for_bit(n, dtypes, stages):
     i = operands(100, 300, 24, dtypes, UNEVEN, normals(), t=6554)
     with threads(n):
-        first = run(native, i)
+        first = run(stages, i)
         for _ in range(5):
-            assert all(torch.equal(t, first[name]) for name, t in run(native, i).items())
+            assert all(torch.equal(t, first[name]) for name, t in run(stages, i).items())
 
 
 # ---- every instruction set
@@ -450,10 +474,12 @@ CAPABILITIES = {"default": "baseline", "avx2": "avx2", "avx512": "avx512"}
 FULL = torch.backends.cpu.get_cpu_capability().lower()
 
 
+@built
 def test_the_widest_build_is_what_runs_above():
     assert native._C.build_info()["instruction_set"] == CAPABILITIES.get(FULL, "baseline")
 
 
+@built
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_the_other_instruction_sets(capability):
     """By the variable with which PyTorch, too, is held to less than the machine has."""
@@ -464,6 +490,26 @@ def test_the_other_instruction_sets(capability):
     result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "right\n"
+
+
+# ---- CUDA
+
+
+@pytest.mark.skipif(os.environ.get("FASTLORA_CUDA") != "1", reason="only where FASTLORA_CUDA=1")
+def test_the_cuda_kernels_are_built():
+    assert native._C.build_info()["cuda"]
+
+
+@pytest.mark.skipif("cuda" not in native.dtypes, reason="built without CUDA kernels")
+def test_the_cuda_kernels_are_there_and_say_what_is_missing():
+    for name in (*PASSES, *STAGES):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastlora::{name}", "CUDA"), name
+    assert native._C.build_info()["cuda"]["architectures"] in native.description()
+    obstacle = native.cuda_obstacle()
+    if torch.cuda.is_available():
+        assert obstacle is None
+    else:
+        assert "driver" in obstacle or "device" in obstacle
 
 
 # ---- the operators
@@ -492,9 +538,10 @@ STAGES = ("shrink", "expand", "grad_expand", "grad_shrink", "grad_input", "delta
 each_operator = pytest.mark.parametrize("name", [*PASSES, *STAGES])
 
 
-def takes(name):
+def takes(name, stages):
     """The operator, and the names of its arguments."""
-    operator = getattr(torch.ops.fastlora, name).default
+    namespace = torch.ops.fastlora if stages is native else torch.ops.fastlora_emulated
+    operator = getattr(namespace, name).default
     return operator, [argument.name for argument in operator._schema.arguments]
 
 
@@ -508,8 +555,8 @@ def takes(name):
         ("fp16", 0, {"need_dA": False, "need_dB": False, "S": None}),
     ],
 )
-def test_opcheck(name, dtypes, t, changed):
-    operator, names = takes(name)
+def test_opcheck(name, dtypes, t, changed, stages):
+    operator, names = takes(name, stages)
     if name == "expand":
         changed = {key: value for key, value in changed.items() if key != "S"}
     given = arguments(dtypes, t=t) | changed
@@ -560,9 +607,9 @@ def wrong_values(of):
 
 
 @each_operator
-def test_operators_refuse_what_does_not_fit(name):
+def test_operators_refuse_what_does_not_fit(name, stages):
     """Whatever a caller gives them: memory beyond an operand is never touched."""
-    operator, names = takes(name)
+    operator, names = takes(name, stages)
     accepted = []
     for changed in names:
         for kind, value in wrong_values(changed):
@@ -596,6 +643,7 @@ for call in (
 """
 
 
+@built
 def test_operators_refuse_sizes_whose_sum_overflows():
     """To nothing, here, which is what the other operands have."""
     result = subprocess.run([sys.executable, "-c", OVERFLOWS], capture_output=True, text=True)

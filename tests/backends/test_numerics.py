@@ -15,7 +15,7 @@ MODULES = {name: importlib.import_module(f"fastlora.backends.{name}") for name i
 PATHS = [
     pytest.param((b, d), id=f"{b} on {d}", marks=[pytest.mark.gpu] * (d != "cpu"))
     for b, module in MODULES.items()
-    for d in module.devices or DEVICES
+    for d in module.dtypes or DEVICES
     # the interpreter would take an hour; test_triton.py has what it can do
     if d in DEVICES and (b, d) != ("triton", "cpu")
 ]

@@ -83,4 +83,14 @@ cudaError_t grad_input(const float* dS, const Matrix& A, const uint8_t* mask, co
 cudaError_t delta(const Matrix& A, const Matrix& B, Factor c, const Layout& layout,
                   const Matrix& dW, cudaStream_t stream);
 
+// Makes a device the current one of this thread. The runtime is linked statically, so it is to be
+// told even where another copy of it was.
+cudaError_t set_device(int index);
+
+// What a launch on the current device would fail with, if anything: there is none, say, or one that
+// the kernels were not built for.
+cudaError_t obstacle();
+
+const char* describe(cudaError_t error);
+
 }  // namespace fastlora::cuda

@@ -100,10 +100,12 @@ struct RightFactor {
         }
   }
 
-  // sum += 16 rows times Fᵀ
-  __device__ void multiply_rows(float (&sum)[4][4], const T* rows, int row) const {
+  // sum += 16 rows times Fᵀ; the second parts of `exact` rows are zero, which infinity must not
+  // meet
+  __device__ void multiply_rows(float (&sum)[4][4], const T* rows, int row, bool exact) const {
 #pragma unroll
-    for (int part = 1; part >= 0; --part)
+    for (int part = 1; part >= 0; --part) {
+      if (part && exact) continue;
 #pragma unroll
       for (int step = 0; step < Ranks / 16; ++step) {
         uint32_t left[4];
@@ -111,6 +113,7 @@ struct RightFactor {
 #pragma unroll
         for (int j = 0; j < 4; ++j) multiply<T>(sum[j], left, words[step][j]);
       }
+    }
   }
 };
 

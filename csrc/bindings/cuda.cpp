@@ -1,0 +1,308 @@
+// The stages on CUDA tensors, as operators.
+//
+// csrc/cuda enqueues work and allocates nothing; here the device, its current stream, buffers from
+// torch's allocator and the base products are added.
+
+#include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/library.h>
+
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+#include "fastlora/stages.h"
+
+// Of torch's stable interface, so that a torch without CUDA is enough to build this; null there.
+extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device,
+                                                                            void** stream);
+
+// tests/csrc builds this file for an emulated device, whose memory is that of the CPU
+#if defined(FASTLORA_EMULATED)
+#define FASTLORA_NAMESPACE fastlora_emulated
+#define FASTLORA_KEY CPU
+#else
+#define FASTLORA_NAMESPACE fastlora
+#define FASTLORA_KEY CUDA
+#endif
+
+namespace fastlora {
+namespace {
+
+constexpr at::DeviceType kDevice = at::DeviceType::FASTLORA_KEY;
+
+void check_launch(const char* stage, cudaError_t error) {
+  TORCH_CHECK(error == cudaSuccess, "fastlora::", stage, ": ", cuda::describe(error));
+}
+
+cudaStream_t current_stream([[maybe_unused]] at::Device device) {
+  void* stream = nullptr;
+#if !defined(FASTLORA_EMULATED)
+  TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch has no CUDA streams");
+  const int32_t error = aoti_torch_get_current_cuda_stream(device.index(), &stream);
+  TORCH_CHECK(!error, "no current stream of ", device);
+#endif
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Where the work of a call goes: the device of its first tensor and the stream that is current
+// there.
+class Place {
+ public:
+  Place(const char* stage, const char* name, const Tensor& t)
+      : check(name, t, kDevice), stage(stage), guard(t.device()) {
+    TORCH_CHECK_TYPE(check.wide == at::kFloat && at::isFloatingType(check.dtype), name, ": got ",
+                     check.dtype, ", expected Float, BFloat16 or Half");
+    check_launch(stage, cuda::set_device(t.device().index()));
+    stream = current_stream(t.device());
+  }
+
+  Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) const {
+    return at::empty(sizes, at::TensorOptions().device(check.device).dtype(dtype));
+  }
+
+  // starts a stage that needs so many bytes
+  template <class Start>
+  void run(size_t workspace, const Start& start) const {
+    const Tensor bytes = empty({int64_t(workspace)}, at::kByte);
+    check_launch(stage, start(workspace ? bytes.data_ptr() : nullptr, stream));
+  }
+
+  const Checks check;
+
+ private:
+  const char* stage;
+  c10::DeviceGuard guard;
+  cudaStream_t stream;
+};
+
+cuda::Dtype dtype_of(at::ScalarType type) {
+  return type == at::kFloat      ? cuda::Dtype::f32
+         : type == at::kBFloat16 ? cuda::Dtype::bf16
+                                 : cuda::Dtype::f16;
+}
+
+cuda::Matrix matrix(const Tensor& t) {
+  return {t.data_ptr(), dtype_of(t.scalar_type()), t.size(0), t.size(1), t.stride(0), t.stride(1)};
+}
+
+const uint8_t* data_of(const optional<Tensor>& mask) {
+  return mask ? mask->data_ptr<uint8_t>() : nullptr;
+}
+
+// c times scale, which is read where it is.
+struct Factor {
+  Factor(double c, const optional<Tensor>& scale, at::Device device) : factor{float(c)} {
+    if (!scale) return;
+    TORCH_CHECK_VALUE(scale->numel() == 1, "scale: got shape ", scale->sizes(),
+                      ", expected one element");
+    if (scale->device() == device) {
+      on_device = scale->to(at::kFloat);
+      factor.scale = on_device.data_ptr<float>();
+    } else {
+      factor.c = float(c * scale->item<double>());
+    }
+  }
+
+  cuda::Factor factor;
+  Tensor on_device;
+};
+
+// Blocks of fastlora/blocks.py, one repeat of their pattern
+struct Layout {
+  std::vector<cuda::Block> blocks;
+  int64_t N = 0, groups = 0, rows_of_B = 0;
+  int period = 0, repeats = 0;
+
+  Layout(at::IntArrayRef splits, const c10::List<bool>& enabled, int64_t interleave)
+      : repeats(int(interleave)) {
+    check_blocks(splits, enabled, interleave);
+    for (size_t i = 0; i < splits.size(); ++i) {
+      const int width = int(splits[i] / interleave);
+      const bool on = enabled[i];
+      blocks.push_back({period, width, on ? int(rows_of_B) : -1, on ? int(groups) : -1});
+      period += width;
+      N += splits[i];
+      groups += on;
+      if (on) rows_of_B += splits[i];
+      TORCH_CHECK_VALUE(N <= INT32_MAX, "splits: got ", splits, ", expected a sum below 2**31");
+    }
+  }
+
+  cuda::Layout view() const { return {blocks.data(), int(blocks.size()), period, repeats}; }
+};
+
+// ---- one stage ----------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> shrink(const Tensor& X, const Tensor& A, double c,
+                                  const optional<Tensor>& scale, int64_t t,
+                                  const optional<Tensor>& seed) {
+  const Place at("shrink", "X", X);
+  const int64_t M = X.size(0), K = X.size(1), R = A.size(0);
+  at.check.factor("A", A, R, K);
+  at.check.dropout(t, seed);
+  const Factor factor(c, scale, X.device());
+  const Tensor S = at.empty({M, R}, at::kFloat),
+               mask = at.empty({t ? M : 0, mask_bytes(K)}, at::kByte);
+  at.run(cuda::shrink_workspace(matrix(X), matrix(A)), [&](void* workspace, cudaStream_t stream) {
+    return cuda::shrink(matrix(X), matrix(A), factor.factor, uint32_t(t),
+                        t ? seed->data_ptr<int64_t>() : nullptr, mask.data_ptr<uint8_t>(),
+                        S.data_ptr<float>(), workspace, stream);
+  });
+  return {S, mask};
+}
+
+Tensor expand(const Tensor& X, const Tensor& W, const optional<Tensor>& bias, const Tensor& S,
+              const Tensor& B, at::IntArrayRef splits, const c10::List<bool>& enabled,
+              int64_t interleave) {
+  const Layout layout(splits, enabled, interleave);
+  const Place at("expand", "X", X);
+  const int64_t M = X.size(0), r = B.size(1);
+  at.check.operand("W", W, layout.N, X.size(1));
+  at.check.factor("B", B, layout.rows_of_B, r);
+  at.check.sums("S", S, M, layout.groups * r);
+  if (bias) at.check.bias(*bias, layout.N);
+  Tensor Y = at.empty({M, layout.N}, X.scalar_type());
+  at.run(0, [&](void*, cudaStream_t stream) {
+    return cuda::expand(S.data_ptr<float>(), matrix(B),
+                        bias ? matrix(bias->unsqueeze(0)) : cuda::Matrix{}, layout.view(),
+                        matrix(Y), stream);
+  });
+  return Y.addmm_(X, W.t());
+}
+
+std::tuple<Tensor, Tensor> grad_expand(const Tensor& dY, const optional<Tensor>& S, const Tensor& B,
+                                       double c, const optional<Tensor>& scale,
+                                       at::IntArrayRef splits, const c10::List<bool>& enabled,
+                                       int64_t interleave, bool need_dS, bool need_dB) {
+  const Layout layout(splits, enabled, interleave);
+  const Place at("grad_expand", "dY", dY);
+  const int64_t M = dY.size(0), r = B.size(1), R = layout.groups * r;
+  at.check.matrix("dY", dY, M, layout.N);
+  at.check.factor("B", B, layout.rows_of_B, r);
+  TORCH_CHECK_VALUE(S || !need_dB, "S: got none, expected it for dB");
+  if (S) at.check.sums("S", *S, M, R);
+  const Factor factor(c, scale, dY.device());
+  const Tensor dS = need_dS ? at.empty({M, R}, at::kFloat) : at.empty({0}, at::kFloat);
+  const Tensor dB = at.empty(need_dB ? B.sizes() : at::IntArrayRef{0}, B.scalar_type());
+  at.run(cuda::grad_expand_workspace(matrix(dY), matrix(B), layout.view()),
+         [&](void* workspace, cudaStream_t stream) {
+           return cuda::grad_expand(matrix(dY), need_dB ? S->data_ptr<float>() : nullptr, matrix(B),
+                                    factor.factor, layout.view(),
+                                    need_dS ? dS.data_ptr<float>() : nullptr,
+                                    need_dB ? matrix(dB) : cuda::Matrix{}, workspace, stream);
+         });
+  return {dS, dB};
+}
+
+// dA, and m∘(dS A) into dX if it has two dimensions
+Tensor grad_shrink_into(const Tensor& dX, const Place& at, const Tensor& dS, const Tensor& X,
+                        const optional<Tensor>& mask, const Tensor& A) {
+  const int64_t M = X.size(0), K = X.size(1), R = A.size(0);
+  at.check.operand("X", X, M, K);
+  at.check.sums("dS", dS, M, R);
+  at.check.factor("A", A, R, K);
+  at.check.mask(mask, M, K);
+  const Tensor dA = at.empty({R, K}, A.scalar_type());
+  at.run(cuda::grad_shrink_workspace(matrix(X), matrix(A)), [&](void* workspace,
+                                                                cudaStream_t stream) {
+    return cuda::grad_shrink(dS.data_ptr<float>(), matrix(X), data_of(mask), matrix(A), matrix(dA),
+                             dX.dim() == 2 ? matrix(dX) : cuda::Matrix{}, workspace, stream);
+  });
+  return dA;
+}
+
+Tensor grad_shrink(const Tensor& dS, const Tensor& X, const optional<Tensor>& mask,
+                   const Tensor& A) {
+  const Place at("grad_shrink", "X", X);
+  return grad_shrink_into(at.empty({0}, X.scalar_type()), at, dS, X, mask, A);
+}
+
+// m∘(dS A) into dX
+void grad_input_into(const Tensor& dX, const Place& at, const Tensor& dS, const Tensor& A,
+                     const optional<Tensor>& mask) {
+  const int64_t M = dX.size(0), K = dX.size(1);
+  at.check.sums("dS", dS, M, A.size(0));
+  at.check.factor("A", A, A.size(0), K);
+  at.check.mask(mask, M, K);
+  at.run(0, [&](void*, cudaStream_t stream) {
+    return cuda::grad_input(dS.data_ptr<float>(), matrix(A), data_of(mask), matrix(dX), stream);
+  });
+}
+
+Tensor grad_input(const Tensor& dY, const Tensor& W, const optional<Tensor>& dS, const Tensor& A,
+                  const optional<Tensor>& mask) {
+  if (!dS) return dY.mm(W);
+  const Place at("grad_input", "dY", dY);
+  at.check.operand("W", W, dY.size(1), A.size(1));
+  Tensor dX = at.empty({dY.size(0), A.size(1)}, dY.scalar_type());
+  grad_input_into(dX, at, *dS, A, mask);
+  return dX.addmm_(dY, W);
+}
+
+Tensor delta(const Tensor& A, const Tensor& B, double scaling, const optional<Tensor>& scale,
+             at::IntArrayRef splits, const c10::List<bool>& enabled, int64_t interleave) {
+  const Layout layout(splits, enabled, interleave);
+  const Place at("delta", "B", B);
+  const int64_t r = B.size(1), K = A.size(1);
+  at.check.matrix("B", B, layout.rows_of_B, r);
+  at.check.operand("A", A, layout.groups * r, K);
+  const Factor factor(scaling, scale, B.device());
+  const Tensor dW = at.empty({layout.N, K}, B.scalar_type());
+  at.run(0, [&](void*, cudaStream_t stream) {
+    return cuda::delta(matrix(A), matrix(B), factor.factor, layout.view(), matrix(dW), stream);
+  });
+  return dW;
+}
+
+// ---- one direction ------------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& X, const Tensor& W,
+                                           const optional<Tensor>& bias, const Tensor& A,
+                                           const Tensor& B, double c, const optional<Tensor>& scale,
+                                           int64_t t, const optional<Tensor>& seed,
+                                           at::IntArrayRef splits, const c10::List<bool>& enabled,
+                                           int64_t interleave) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const auto [S, mask] = shrink(X, A, c, scale, t, seed);
+  return {expand(X, W, bias, S, B, splits, enabled, interleave), S, mask};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dY, const optional<Tensor>& X,
+                                            const optional<Tensor>& W, const optional<Tensor>& A,
+                                            const Tensor& B, const optional<Tensor>& S,
+                                            const optional<Tensor>& mask, double c,
+                                            const optional<Tensor>& scale, at::IntArrayRef splits,
+                                            const c10::List<bool>& enabled, int64_t interleave,
+                                            bool need_dX, bool need_dA, bool need_dB) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  TORCH_CHECK_VALUE((X || !need_dA) && (W || !need_dX) && (A || !(need_dA || need_dX)),
+                    "X, W, A: got none, expected X for dA, W for dX and A for either");
+  const auto [dS, dB] =
+      grad_expand(dY, S, B, c, scale, splits, enabled, interleave, need_dX || need_dA, need_dB);
+  const Place at("backward", "dY", dY);
+  Tensor dX = at.empty({0}, dY.scalar_type()), dA = at.empty({0}, B.scalar_type());
+  if (need_dX) {
+    at.check.operand("W", *W, dY.size(1), A->size(1));
+    dX = at.empty({dY.size(0), A->size(1)}, dY.scalar_type());
+  }
+  if (need_dA) dA = grad_shrink_into(dX, at, dS, *X, mask, *A);
+  if (need_dX && !need_dA) grad_input_into(dX, at, dS, *A, mask);
+  if (need_dX) dX.addmm_(dY, *W);
+  return {dX, dA, dB};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(FASTLORA_NAMESPACE, FASTLORA_KEY, m) {
+  m.impl("forward", forward);
+  m.impl("backward", backward);
+  m.impl("shrink", shrink);
+  m.impl("expand", expand);
+  m.impl("grad_expand", grad_expand);
+  m.impl("grad_shrink", grad_shrink);
+  m.impl("grad_input", grad_input);
+  m.impl("delta", delta);
+}
+
+}  // namespace fastlora

@@ -1,0 +1,55 @@
+// The extension's shell: what it says of itself.
+
+#include <ATen/Version.h>
+#include <torch/extension.h>
+
+#include "cpu.h"
+#if defined(FASTLORA_CUDA)
+#include "fastlora/stages.h"
+#endif
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  namespace py = pybind11;
+  m.doc() = "fastlora's compiled kernels; the operators are torch.ops.fastlora";
+  m.def(
+      "build_info",
+      [] {
+        py::dict info;
+        info["torch"] = TORCH_VERSION;
+        info["compiler"] =
+#if defined(__clang__)
+            "Clang " __clang_version__;
+#else
+            "GCC " __VERSION__;
+#endif
+        info["openmp"] =
+#if defined(_OPENMP)
+            true;
+#else
+            false;
+#endif
+        info["instruction_set"] = fastlora::kernels().name;
+        info["vector_bits"] = 8 * fastlora::kernels().vector_bytes;
+#if defined(FASTLORA_CUDA)
+        py::dict cuda;
+        cuda["toolkit"] = std::to_string(CUDART_VERSION / 1000) + "." +
+                          std::to_string(CUDART_VERSION % 1000 / 10);
+        cuda["architectures"] = FASTLORA_CUDA;
+        info["cuda"] = cuda;
+#else
+        info["cuda"] = py::none();
+#endif
+        return info;
+      },
+      "What the extension was built with, and which of its builds runs here.");
+#if defined(FASTLORA_CUDA)
+  m.def(
+      "cuda_obstacle",
+      []() -> std::optional<std::string> {
+        const cudaError_t error = fastlora::cuda::obstacle();
+        if (!error) return std::nullopt;
+        return fastlora::cuda::describe(error);
+      },
+      "Why the kernels cannot run on the current CUDA device, or None.");
+#endif
+}
