@@ -1,4 +1,4 @@
-"""Each Triton kernel alone, and the base products, beside what the device can do at best.
+"""Each Triton and CUDA kernel alone, and the base products, beside the best of the device.
 
 Run with ``python -m benchmarks.bench_stages [--quick] [--host] [--out DIR]``. It needs a GPU. Bytes
 and operations are those of a stage's formula in ``docs/math.md``: partial sums and what is read
@@ -98,7 +98,7 @@ class Operands:
 
 
 def kernels(o: Operands) -> dict[str, Stage]:
-    """Our kernels."""
+    """Our kernels in Triton."""
     from fastlora.kernels import delta, expand, grad_expand, grad_input, grad_shrink, shrink
 
     M, K, N = o.shape.M, o.shape.K, o.shape.N
@@ -165,6 +165,25 @@ def in_place(o: Operands) -> dict[str, Stage]:
     }
 
 
+def compiled(o: Operands) -> dict[str, Stage]:
+    """The same in CUDA C++, where it is built; the two starts with their base products."""
+    from fastlora.backends import native
+
+    if native.why_not() or o.X.dtype not in native.dtypes.get(o.X.device.type, ()):
+        return {}
+    triton = kernels(o) | in_place(o)
+    steps: dict[str, Step] = {
+        "shrink, p=0": lambda: native.shrink(o.X, o.A, 1.0, 0, None),
+        "shrink": lambda: native.shrink(o.X, o.A, 1.0, o.t, o.seed),
+        "expand, in place": lambda: native.expand(o.X, o.W, o.bias, o.S, o.B, o.blocks),
+        "grad_expand": lambda: native.grad_expand(o.dY, o.S, o.B, 1.0, o.blocks, True, True),
+        "grad_shrink": lambda: native.grad_shrink(o.dS, o.X, o.mask, o.A),
+        "grad_input, in place": lambda: native.grad_input(o.dY, o.W, o.dS, o.A, o.mask),
+        "delta": lambda: native.delta(o.A, o.B, 1.0, o.blocks),
+    }
+    return {f"{name}{NATIVE}": replace(triton[name], step=step) for name, step in steps.items()}
+
+
 def products(o: Operands) -> dict[str, Stage]:
     """The base products, and the same added to what is there."""
     x, w, y = map(_size, (o.X, o.W, o.dY))
@@ -178,12 +197,20 @@ def products(o: Operands) -> dict[str, Stage]:
 
 
 PLAIN = ("X Wᵀ", "dY W")
+# after the name of a stage in CUDA C++
+NATIVE = " (native)"
 # what is compared with what, round by round
 AGAINST = {
     "Y += X Wᵀ": "X Wᵀ",
     "dX += dY W": "dY W",
     "expand_fused": "expand, in place",
     "grad_input_fused": "grad_input, in place",
+    **{
+        f"{name}{NATIVE}": name
+        for name in ("shrink, p=0", "shrink", "grad_expand", "grad_shrink", "delta")
+    },
+    f"expand, in place{NATIVE}": "X Wᵀ",
+    f"grad_input, in place{NATIVE}": "dY W",
 }
 
 
@@ -260,13 +287,14 @@ def close(got: Any, expected: Any, operands: Tensor) -> bool:
 def measure(shape: Shape, device: torch.device, best: Ceilings) -> tuple[list[Row], dict[str, str]]:
     """All stages of one shape, in the same rounds; and what was wrong, which is not timed."""
     o = Operands(shape, device)
-    ours = in_place(o) | kernels(o)
+    ours = in_place(o) | kernels(o) | compiled(o)
     expected = reference_of(o)
     failed = {}
     for name, stage in list(ours.items()):
         try:
             got = stage.step()
-            if name in expected and not close(got, expected[name](), o.X):
+            truth = expected.get(name.removesuffix(NATIVE))
+            if truth and not close(got, truth(), o.X):
                 failed[name] = "differs from the reference"
         except Exception as error:
             failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastlora.backends import native
+
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
@@ -179,8 +181,14 @@ def test_stages(kernels, status, tmp_path):
     assert stages.count("expand_fused") == 2
     assert stages.count("delta") == 2 * (1 - status)
     assert all(row["share"] > 0 and row["seconds"]["median"] > 0 for row in record["rows"])
+    built = not native.why_not()
     ratios = {row["stage"] for row in record["rows"] if row["ratio"]}
-    assert ratios == {"Y += X Wᵀ", "dX += dY W", "expand_fused", "grad_input_fused"}
+    assert {name for name in ratios if not name.endswith("(native)")} == {
+        *("Y += X Wᵀ", "dX += dY W", "expand_fused", "grad_input_fused")
+    }
+    for stage in ("shrink (native)", "grad_shrink (native)", "grad_input, in place (native)"):
+        assert stages.count(stage) == 2 * built
+        assert (stage in ratios) == built
     assert "| expand_fused |" in (tmp_path / "stages.md").read_text()
 
 
