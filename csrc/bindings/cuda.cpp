@@ -163,10 +163,10 @@ Tensor expand(const Tensor& X, const Tensor& W, const optional<Tensor>& bias, co
   at.check.sums("S", S, M, layout.groups * r);
   if (bias) at.check.bias(*bias, layout.N);
   Tensor Y = at.empty({M, layout.N}, X.scalar_type());
-  at.run(0, [&](void*, cudaStream_t stream) {
+  at.run(cuda::expand_workspace(matrix(B), matrix(Y)), [&](void* workspace, cudaStream_t stream) {
     return cuda::expand(S.data_ptr<float>(), matrix(B),
                         bias ? matrix(bias->unsqueeze(0)) : cuda::Matrix{}, layout.view(),
-                        matrix(Y), stream);
+                        matrix(Y), workspace, stream);
   });
   return Y.addmm_(X, W.t());
 }
@@ -225,9 +225,11 @@ void grad_input_into(const Tensor& dX, const Place& at, const Tensor& dS, const 
   at.check.sums("dS", dS, M, A.size(0));
   at.check.factor("A", A, A.size(0), K);
   at.check.mask(mask, M, K);
-  at.run(0, [&](void*, cudaStream_t stream) {
-    return cuda::grad_input(dS.data_ptr<float>(), matrix(A), data_of(mask), matrix(dX), stream);
-  });
+  at.run(cuda::grad_input_workspace(matrix(A), matrix(dX)),
+         [&](void* workspace, cudaStream_t stream) {
+           return cuda::grad_input(dS.data_ptr<float>(), matrix(A), data_of(mask), matrix(dX),
+                                   workspace, stream);
+         });
 }
 
 Tensor grad_input(const Tensor& dY, const Tensor& W, const optional<Tensor>& dS, const Tensor& A,
@@ -249,8 +251,9 @@ Tensor delta(const Tensor& A, const Tensor& B, double scaling, const optional<Te
   at.check.operand("A", A, layout.groups * r, K);
   const Factor factor(scaling, scale, B.device());
   const Tensor dW = at.empty({layout.N, K}, B.scalar_type());
-  at.run(0, [&](void*, cudaStream_t stream) {
-    return cuda::delta(matrix(A), matrix(B), factor.factor, layout.view(), matrix(dW), stream);
+  at.run(cuda::delta_workspace(matrix(A), matrix(dW)), [&](void* workspace, cudaStream_t stream) {
+    return cuda::delta(matrix(A), matrix(B), factor.factor, layout.view(), matrix(dW), workspace,
+                       stream);
   });
   return dW;
 }

@@ -4,8 +4,10 @@
 
 namespace fastlora::cuda {
 
+size_t expand_workspace(const Matrix& B, const Matrix& Y) { return low_rank_workspace(B, Y); }
+
 cudaError_t expand(const float* S, const Matrix& B, const Matrix& bias, const Layout& layout,
-                   const Matrix& Y, cudaStream_t stream) {
+                   const Matrix& Y, void* workspace, cudaStream_t stream) {
   const int64_t M = Y.rows, r = B.cols;
   int64_t R = 0;
   for (int i = 0; i < layout.count; ++i) R += layout.blocks[i].group < 0 ? 0 : r;
@@ -22,7 +24,7 @@ cudaError_t expand(const float* S, const Matrix& B, const Matrix& bias, const La
     const cudaError_t error =
         layout.repeats == 1
             ? low_rank(left, B_g, part(bias, 0, block.offset, 1, n), {}, nullptr,
-                       part(Y, 0, block.offset, M, n), stream)
+                       part(Y, 0, block.offset, M, n), workspace, stream)
             : product(M, n, ranks, view(left), transposed(B_g), columns(bias, block, layout), {},
                       columns(Y, block, layout), stream);
     if (error) return error;

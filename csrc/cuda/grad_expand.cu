@@ -7,6 +7,7 @@
 
 #include "fastlora/product.cuh"
 #include "fastlora/reduce.cuh"
+#include "fastlora/split.cuh"
 #include "fastlora/tile.cuh"
 
 namespace fastlora::cuda {
@@ -14,30 +15,33 @@ namespace {
 
 constexpr int kMostRanks = 32;
 
-// A slab that is wider has fewer parts of dS; more ranks leave no registers for that.
-template <int Ranks>
+// A slab that is wider has fewer parts of dS; more ranks, or parts of the factor, leave no
+// registers for that.
+template <int Ranks, bool Splits>
 struct Shape {
-  static constexpr int kTiles = Ranks == 16 ? 2 : 1, kStages = Ranks == 16 ? 2 : 3;
+  static constexpr int kTiles = Ranks == 16 && !Splits ? 2 : 1, kStages = kTiles == 2 ? 2 : 3;
+  static constexpr int kFactors = Splits ? kExactParts : 1, kParts = Splits ? kExactParts : 2;
   static constexpr int kSlab = kWarps * kTiles * kTileCols;
   static constexpr int kStageVectors = kTiles * kTileVectors * 32;
   static constexpr int kRingVectors = kStages * kWarps * kStageVectors;
   static constexpr int kSums = kWarps * kTileRows * Ranks;
 };
 
-template <class T, int Ranks>
+template <class T, int Ranks, bool Splits>
 constexpr size_t shared_bytes() {
-  using Of = Shape<Ranks>;
+  using Of = Shape<Ranks, Splits>;
   return Of::kRingVectors * sizeof(uint4) + Of::kSums * sizeof(float) +
-         2 * SplitRows<T, Ranks>::kBytes;
+         2 * SplitRows<T, Ranks, Of::kParts>::kBytes;
 }
 
-template <class T, int Ranks>
-__global__ void __launch_bounds__(kThreads, 2)
+// Where B `Splits`, its parts are side by side.
+template <class T, int Ranks, bool Splits>
+__global__ void __launch_bounds__(kThreads, Ranks == 32 && Splits ? 1 : 2)
     grad_expand_kernel(const T* dY, int64_t y_stride, const float* S, int64_t s_stride, const T* B,
                        int64_t n_stride, int64_t r_stride, float* dS, float* dB, int64_t M,
                        int64_t chunk, int N, int r) {
-  using Of = Shape<Ranks>;
-  using Rows = SplitRows<T, Ranks>;
+  using Of = Shape<Ranks, Splits>;
+  using Rows = SplitRows<T, Ranks, Of::kParts>;
   constexpr int kTilesN = Ranks / 8;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int column = blockIdx.x * Of::kSlab + warp * Of::kTiles * kTileCols;
@@ -61,35 +65,37 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
   for (int s = 0; s < Of::kStages - 1; ++s) fetch(s, begin + s * kTileRows);
   Rows rows;
-  if (dB) rows.fetch(S, Dtype::f32, s_stride, 1, begin, end, rank, r);
+  if (dB) rows.fetch(S, Dtype::f32, s_stride, 1, begin, end, rank, r, r);
 
   // the right operand of dS, in the order of columns in which vectors are left operands
-  uint32_t factor[Of::kTiles][2][kTilesN][2] = {};
+  uint32_t factor[Of::kFactors][Of::kTiles][2][kTilesN][2] = {};
   if (dS)
 #pragma unroll
-    for (int tile = 0; tile < Of::kTiles; ++tile)
+    for (int part = 0; part < Of::kFactors; ++part)
 #pragma unroll
-      for (int h = 0; h < 2; ++h)
+      for (int tile = 0; tile < Of::kTiles; ++tile)
 #pragma unroll
-        for (int j = 0; j < kTilesN; ++j)
+        for (int h = 0; h < 2; ++h)
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int n = mine + tile * kTileCols + 4 * h + 2 * half, of = rank + 8 * j + g;
-            // N is even
-            const bool exists = n < N && of < r;
-            const T* b = B + n * n_stride + of * r_stride;
-            factor[tile][h][j][half] = exists ? pack(b[0], b[n_stride]) : 0;
-          }
+          for (int j = 0; j < kTilesN; ++j)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const int n = mine + tile * kTileCols + 4 * h + 2 * half, of = rank + 8 * j + g;
+              // N is even
+              const bool exists = n < N && of < r;
+              const T* b = B + n * n_stride + (part * r + of) * r_stride;
+              factor[part][tile][h][j][half] = exists ? pack(b[0], b[n_stride]) : 0;
+            }
 
   float sum_B[Of::kTiles][Ranks / 16][4][4] = {};
   int slot = 0, filled = Of::kStages - 1, turn = 0;
   for (int64_t row = begin; row < end; row += kTileRows, turn ^= 1) {
-    T* here = split + turn * 2 * Rows::kPart;
+    T* here = split + turn * Of::kParts * Rows::kPart;
     if (dB) rows.put(here);
     wait_for_copies<Of::kStages - 2>();
     __syncthreads();
     fetch(filled, row + (Of::kStages - 1) * kTileRows);
-    if (dB) rows.fetch(S, Dtype::f32, s_stride, 1, row + kTileRows, end, rank, r);
+    if (dB) rows.fetch(S, Dtype::f32, s_stride, 1, row + kTileRows, end, rank, r, r);
     const uint4* vectors = ring + slot * Of::kStageVectors;
     filled = slot;
     slot = slot + 1 < Of::kStages ? slot + 1 : 0;
@@ -106,7 +112,7 @@ __global__ void __launch_bounds__(kThreads, 2)
             right_of(right[tile][pair], upper, upper + 32, 2 * pair);
           }
 #pragma unroll
-        for (int part = 1; part >= 0; --part)
+        for (int part = Of::kParts - 1; part >= 0; --part)
 #pragma unroll
           for (int m = 0; m < Ranks / 16; ++m) {
             uint32_t left[4];
@@ -132,7 +138,9 @@ __global__ void __launch_bounds__(kThreads, 2)
           uint32_t left[4];
           left_of(left, x, y, h);
 #pragma unroll
-          for (int j = 0; j < kTilesN; ++j) multiply<T>(sum[j], left, factor[tile][h][j]);
+          for (int part = Of::kFactors - 1; part >= 0; --part)
+#pragma unroll
+            for (int j = 0; j < kTilesN; ++j) multiply<T>(sum[j], left, factor[part][tile][h][j]);
         }
       }
 #pragma unroll
@@ -174,16 +182,18 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 // How one block of the output is worked on.
 struct Plan {
-  bool vectors;
+  bool splits, vectors;
   int ranks;
   int64_t slabs, tiles;
   Chunks chunks;
 
   Plan(const Matrix& dY, const Matrix& B, const Layout& layout, const Block& block)
-      : vectors(layout.repeats == 1 &&
-                is_vectors(part(dY, 0, block.offset, dY.rows, block.width), B.dtype)),
+      : splits(is_split(dY, B)),
+        vectors(layout.repeats == 1 && (splits || dY.dtype == B.dtype) &&
+                is_vectors(part(dY, 0, block.offset, dY.rows, block.width))),
         ranks(B.cols <= 16 ? 16 : kMostRanks),
-        slabs(blocks_of(block.width, ranks == 16 ? Shape<16>::kSlab : Shape<32>::kSlab)),
+        slabs(blocks_of(block.width,
+                        ranks == 16 && !splits ? Shape<16, false>::kSlab : Shape<32, true>::kSlab)),
         tiles(blocks_of(B.cols, ranks)),
         chunks(dY.rows, kTileRows, slabs * tiles) {}
 };
@@ -202,7 +212,7 @@ size_t grad_expand_workspace(const Matrix& dY, const Matrix& B, const Layout& la
                                        : std::max(product_parts(M, r, n) * M * r,
                                                   product_parts(r, n, M) * n * r));
   }
-  return most * sizeof(float);
+  return most * sizeof(float) + (is_split(dY, B) ? split_workspace(B, kExactParts) : 0);
 }
 
 cudaError_t grad_expand(const Matrix& dY, const float* S, const Matrix& B, Factor c,
@@ -211,6 +221,12 @@ cudaError_t grad_expand(const Matrix& dY, const float* S, const Matrix& B, Facto
   const int64_t M = dY.rows, r = B.cols;
   int64_t R = 0;
   for (int i = 0; i < layout.count; ++i) R += layout.blocks[i].group < 0 ? 0 : r;
+  Matrix factor = B;
+  if (is_split(dY, B)) {
+    if (const cudaError_t error = split(B, kExactParts, Stack::columns, workspace, &factor, stream))
+      return error;
+    workspace = static_cast<char*>(workspace) + split_workspace(B, kExactParts);
+  }
   for (int i = 0; i < layout.count; ++i) {
     const Block& block = layout.blocks[i];
     if (block.group < 0) continue;
@@ -235,16 +251,24 @@ cudaError_t grad_expand(const Matrix& dY, const float* S, const Matrix& B, Facto
     float* dB_parts = dS_parts + plan.slabs * M * r;
     error = with_type(dY.dtype, [&](auto type) {
       using T = decltype(type);
+      const Matrix of_block = part(factor, block.row, 0, n, factor.cols);
       const auto start = [&](auto kernel, size_t shared) {
         const dim3 grid(unsigned(plan.slabs), plan.chunks.count, unsigned(plan.tiles));
         return launch(kernel, grid, kThreads, shared, stream,
                       static_cast<const T*>(dY.data) + block.offset, dY.row_stride, S_g, R,
-                      static_cast<const T*>(B_g.data), B_g.row_stride, B_g.col_stride,
-                      dS ? dS_parts : nullptr, dB.data ? dB_parts : nullptr, M, plan.chunks.rows,
-                      int(n), int(r));
+                      static_cast<const T*>(of_block.data), of_block.row_stride,
+                      of_block.col_stride, dS ? dS_parts : nullptr, dB.data ? dB_parts : nullptr, M,
+                      plan.chunks.rows, int(n), int(r));
       };
-      return plan.ranks == 16 ? start(grad_expand_kernel<T, 16>, shared_bytes<T, 16>())
-                              : start(grad_expand_kernel<T, 32>, shared_bytes<T, 32>());
+      const auto start_for = [&](auto splits) {
+        constexpr bool kSplits = decltype(splits)::value;
+        return plan.ranks == 16
+                   ? start(grad_expand_kernel<T, 16, kSplits>, shared_bytes<T, 16, kSplits>())
+                   : start(grad_expand_kernel<T, 32, kSplits>, shared_bytes<T, 32, kSplits>());
+      };
+      if constexpr (std::is_same_v<T, __nv_bfloat16>)
+        if (plan.splits) return start_for(std::true_type());
+      return start_for(std::false_type());
     });
     if (!error && dS)
       error =

@@ -5,6 +5,7 @@
 #include "fastlora/low_rank.cuh"
 #include "fastlora/product.cuh"
 #include "fastlora/reduce.cuh"
+#include "fastlora/split.cuh"
 #include "fastlora/tile.cuh"
 
 namespace fastlora::cuda {
@@ -14,14 +15,14 @@ constexpr int kSlab = kWarps * kTileCols;
 
 template <class T, int Ranks>
 __global__ void __launch_bounds__(kThreads, Ranks > 16 ? 1 : 2)
-    low_rank_kernel(Matrix left, const T* right, int64_t n_stride, int64_t r_stride, Matrix bias,
-                    Factor c, const uint8_t* mask, T* out, int64_t out_stride, int64_t chunk,
-                    int N) {
+    low_rank_kernel(Matrix left, const T* right, int64_t n_stride, int64_t r_stride, int r,
+                    Matrix bias, Factor c, const uint8_t* mask, T* out, int64_t out_stride,
+                    int64_t chunk, int N) {
   using Rows = SplitRows<T, Ranks>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int column = blockIdx.x * kSlab + warp * kTileCols, mine = column + kVector * q;
   const int64_t begin = blockIdx.y * chunk, end = min(begin + chunk, left.rows);
-  const int r = int(left.cols), tiles = max(1, (r + Ranks - 1) / Ranks);
+  const int period = int(left.cols), tiles = max(1, (r + Ranks - 1) / Ranks);
   const int64_t row_bytes = mask_bytes(N);
   T* split = shared_memory<T>();
 
@@ -31,11 +32,11 @@ __global__ void __launch_bounds__(kThreads, Ranks > 16 ? 1 : 2)
     for (int i = 0; i < kVector; ++i)
       start[i] = load(bias.data, bias.dtype, (mine + i) * bias.col_stride);
   const float scale = value(c);
-  const bool exact = left.dtype != Dtype::f32;
+  const int parts = left.dtype == Dtype::f32 ? 2 : 1;
 
   Rows rows;
   RightFactor<T, Ranks> factor;
-  rows.fetch(left.data, left.dtype, left.row_stride, left.col_stride, begin, end, 0, r);
+  rows.fetch(left.data, left.dtype, left.row_stride, left.col_stride, begin, end, 0, r, period);
   factor.fetch(right, n_stride, r_stride, column, N, 0, r);
   float sum[2][4][4] = {};
   // more ranks than a tile has: all of its tiles for 32 rows, then for the next
@@ -47,9 +48,9 @@ __global__ void __launch_bounds__(kThreads, Ranks > 16 ? 1 : 2)
     const int next = tile + 1 < tiles ? tile + 1 : 0;
     const int64_t next_row = next ? row : row + kTileRows;
     rows.fetch(left.data, left.dtype, left.row_stride, left.col_stride, next_row, end, next * Ranks,
-               r);
+               r, period);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) factor.multiply_rows(sum[half], here, 16 * half, exact);
+    for (int half = 0; half < 2; ++half) factor.multiply_rows(sum[half], here, 16 * half, parts);
     if (tiles > 1) factor.fetch(right, n_stride, r_stride, column, N, next * Ranks, r);
     if (!next) {
 #pragma unroll
@@ -77,20 +78,33 @@ __global__ void __launch_bounds__(kThreads, Ranks > 16 ? 1 : 2)
 
 }  // namespace
 
+size_t low_rank_workspace(const Matrix& right, const Matrix& out) {
+  return is_split(out, right) ? split_workspace(right, kRoundedParts) : 0;
+}
+
 cudaError_t low_rank(const Matrix& left, const Matrix& right, const Matrix& bias, Factor c,
-                     const uint8_t* mask, const Matrix& out, cudaStream_t stream) {
-  const int64_t M = out.rows, N = out.cols, r = left.cols;
-  if (!is_vectors(out, right.dtype) || N >= 1 << 30)
-    return product(M, N, r, view(left), transposed(right), view(bias), c,
+                     const uint8_t* mask, const Matrix& out, void* workspace, cudaStream_t stream) {
+  const int64_t M = out.rows, N = out.cols;
+  const bool splits = is_split(out, right);
+  if (!is_vectors(out) || (right.dtype != out.dtype && !splits) || N >= 1 << 30)
+    return product(M, N, left.cols, view(left), transposed(right), view(bias), c,
                    masked(view(out), mask, N), stream);
+  // its parts are more ranks, which the numbers of `left` are multiplied with again
+  Matrix factor = right;
+  if (splits)
+    if (const cudaError_t error =
+            split(right, kRoundedParts, Stack::columns, workspace, &factor, stream))
+      return error;
+  const int64_t r = factor.cols;
   const int64_t slabs = blocks_of(N, kSlab);
   const Chunks chunks(M, kTileRows, slabs, 4 * kPrograms);
   return with_type(out.dtype, [&](auto type) {
     using T = decltype(type);
     const auto start = [&](auto kernel, size_t shared) {
       return launch(kernel, dim3(unsigned(slabs), chunks.count), kThreads, shared, stream, left,
-                    static_cast<const T*>(right.data), right.row_stride, right.col_stride, bias, c,
-                    mask, static_cast<T*>(out.data), out.row_stride, chunks.rows, int(N));
+                    static_cast<const T*>(factor.data), factor.row_stride, factor.col_stride,
+                    int(r), bias, c, mask, static_cast<T*>(out.data), out.row_stride, chunks.rows,
+                    int(N));
     };
     return r <= 16   ? start(low_rank_kernel<T, 16>, 2 * SplitRows<T, 16>::kBytes)
            : r <= 32 ? start(low_rank_kernel<T, 32>, 2 * SplitRows<T, 32>::kBytes)

@@ -6,6 +6,7 @@
 
 #include "fastlora/product.cuh"
 #include "fastlora/reduce.cuh"
+#include "fastlora/split.cuh"
 #include "fastlora/tile.cuh"
 
 namespace fastlora::cuda {
@@ -146,11 +147,15 @@ __global__ void __launch_bounds__(kThreads, 2)
 
 struct Plan {
   bool vectors;
+  // parts of the factor, as more rows of it
+  int stacked;
   int ranks, tiles, windows, parts;
 
   Plan(const Matrix& X, const Matrix& A) {
-    const int64_t R = A.rows;
-    vectors = is_vectors(X, A.dtype) && is_vectors(A, X.dtype) && X.cols < (1 << 30);
+    stacked = is_split(X, A) ? kExactParts : 1;
+    const int64_t R = stacked * A.rows;
+    vectors = is_vectors(X) && X.cols < (1 << 30) &&
+              (is_split(X, A) || (A.dtype == X.dtype && is_vectors(A)));
     ranks = R <= 16 ? 16 : R <= 32 ? 32 : kMostRanks;
     tiles = int(blocks_of(R, ranks));
     const int64_t all = blocks_of(X.cols, kWindow), blocks = blocks_of(X.rows, kTileRows) * tiles;
@@ -165,24 +170,35 @@ struct Plan {
 
 size_t shrink_workspace(const Matrix& X, const Matrix& A) {
   const Plan plan(X, A);
+  const int64_t bytes = X.rows * A.rows * sizeof(float);
+  if (plan.vectors && plan.stacked > 1)
+    return split_workspace(A, plan.stacked) + plan.parts * plan.stacked * bytes;
   const int parts = plan.vectors ? plan.parts : product_parts(X.rows, A.rows, X.cols);
-  return parts > 1 ? parts * X.rows * A.rows * sizeof(float) : 0;
+  return parts > 1 ? parts * bytes : 0;
 }
 
 cudaError_t shrink(const Matrix& X, const Matrix& A, Factor c, uint32_t t, const int64_t* seed,
                    uint8_t* mask, float* S, void* workspace, cudaStream_t stream) {
   const int64_t M = X.rows, K = X.cols, R = A.rows;
   const Plan plan(X, A);
+  cudaError_t error = cudaSuccess;
   if (!plan.vectors || !R) {
-    const cudaError_t error = t ? draw_mask(M, K, t, seed, mask, stream) : cudaSuccess;
+    if (t) error = draw_mask(M, K, t, seed, mask, stream);
     if (error || !R) return error;
     return product_in_parts(M, R, K, masked(view(X), t ? mask : nullptr, K), transposed(A), c,
                             contiguous(S, R), workspace, stream);
   }
-  const bool whole = plan.parts == 1;
-  float* out = whole ? S : static_cast<float*>(workspace);
+  Matrix factor = A;
+  char* room = static_cast<char*>(workspace);
+  if (plan.stacked > 1) {
+    error = split(A, plan.stacked, Stack::rows, room, &factor, stream);
+    if (error) return error;
+    room += split_workspace(A, plan.stacked);
+  }
+  const bool whole = plan.parts * plan.stacked == 1;
+  float* out = whole ? S : reinterpret_cast<float*>(room);
   const dim3 grid(unsigned(blocks_of(M, kTileRows) * plan.tiles), plan.parts);
-  const cudaError_t error = with_type(X.dtype, [&](auto type) {
+  error = with_type(X.dtype, [&](auto type) {
     using T = decltype(type);
     const auto kernel = [&](auto drops) {
       constexpr bool kDrops = decltype(drops)::value;
@@ -192,11 +208,12 @@ cudaError_t shrink(const Matrix& X, const Matrix& A, Factor c, uint32_t t, const
     };
     return launch(t ? kernel(std::true_type()) : kernel(std::false_type()), grid, kThreads,
                   kRing * kThreads * sizeof(uint4), stream, static_cast<const T*>(X.data),
-                  X.row_stride, static_cast<const T*>(A.data), A.row_stride, out,
-                  whole ? c : Factor{}, t, seed, mask, M, int(K), int(R), plan.windows);
+                  X.row_stride, static_cast<const T*>(factor.data), factor.row_stride, out,
+                  whole ? c : Factor{}, t, seed, mask, M, int(K), int(factor.rows), plan.windows);
   });
   if (error || whole) return error;
-  return sum_parts(out, plan.parts, M * R, c, {S, Dtype::f32, M, R, R, 1}, stream);
+  return sum_parts(out, plan.parts, M * factor.rows, c, {S, Dtype::f32, M, R, R, 1}, stream,
+                   plan.stacked);
 }
 
 }  // namespace fastlora::cuda

@@ -357,6 +357,14 @@ def test_anything_goes(M, K, r, dtypes, blocks, t, bias, views, stages):
 
 # ---- NaN and Inf
 
+# where the CUDA kernels multiply infinity with all parts of a split number, which may give infinity
+# less infinity
+SPLIT = {
+    "bf16": ("B", "dY"),
+    "fp16": ("B", "dY"),
+    "bf16 under fp32": ("B", "dY", "S"),
+}
+
 
 @pytest.mark.parametrize("t", [0, 32768])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -369,8 +377,7 @@ def test_nan_and_inf_go_where_the_reference_puts_them(name, value, t, dtypes, st
         planted[index[: planted.dim()]] = value
     got, expected = run(stages, i), run(reference, i)
     assert not all(t.isfinite().all() for t in expected.values())
-    if stages is not native and name in ("B", "dY") and i.X.dtype == i.A.dtype != torch.float32:
-        # infinity times both parts of a number of S or dS may be infinity less infinity
+    if stages is not native and name in SPLIT.get(dtypes, ()):
         got, expected = ({of: t.isfinite().int() for of, t in r.items()} for r in (got, expected))
     for result, e in expected.items():
         assert torch.equal(got[result].nan_to_num(7, 8, 9), e.nan_to_num(7, 8, 9)), result

@@ -231,13 +231,16 @@ const Dtypes kDtypes[] = {{Dtype::bf16, Dtype::bf16},
                           {Dtype::bf16, Dtype::f32},
                           {Dtype::f16, Dtype::f32}};
 
+// a factor's integers: where it is float32, so large that one number of 16 bits does not hold them
+int most_of(Dtypes dtypes) { return dtypes.factors == Dtype::f32 ? 3000 : 2; }
+
 constexpr float kC = 0.5f, kScale = 4;
 const Factor kFactor = {kC, &kScale};
 
 void test_shrink(Dtypes dtypes, int64_t M, int64_t K, int64_t R, uint32_t t, int layout) {
   Grid X(dtypes.X, M, K, layout), A(dtypes.factors, R, K, layout), S(Dtype::f32, M, R);
   X.fill_with_integers();
-  A.fill_with_integers();
+  A.fill_with_integers(most_of(dtypes));
   const Bits bits(M, K, t);
   // one float for four bytes of the mask
   Grid mask(Dtype::f32, t ? M : 0, bits.row_bytes / 4);
@@ -292,8 +295,9 @@ void test_grad_input(Dtypes dtypes, int64_t M, int64_t K, int64_t R, uint32_t t,
   dS.fill_with_integers(3000);
   A.fill_with_integers();
   const Bits bits(M, K, t);
-  twice({&dX}, 0, [&](void*) {
-    return grad_input(dS.floats(), A.view(), t ? bits.bytes.data() : nullptr, dX.view(), nullptr);
+  twice({&dX}, grad_input_workspace(A.view(), dX.view()), [&](void* workspace) {
+    return grad_input(dS.floats(), A.view(), t ? bits.bytes.data() : nullptr, dX.view(), workspace,
+                      nullptr);
   });
   dX.check([&](int64_t i, int64_t k) {
     double sum = 0;
@@ -392,8 +396,9 @@ void test_expand(Dtypes dtypes, int64_t M, const Pattern& of, int64_t r, int lay
   S.fill_with_integers(3000);
   B.fill_with_integers();
   b.fill_with_integers();
-  twice({&Y}, 0, [&](void*) {
-    return expand(S.floats(), B.view(), bias ? b.view() : Matrix{}, of.layout(), Y.view(), nullptr);
+  twice({&Y}, expand_workspace(B.view(), Y.view()), [&](void* workspace) {
+    return expand(S.floats(), B.view(), bias ? b.view() : Matrix{}, of.layout(), Y.view(),
+                  workspace, nullptr);
   });
   Y.check([&](int64_t i, int64_t n) {
     double sum = bias ? b.at(0, n) : 0;
@@ -408,8 +413,9 @@ void test_delta(Dtypes dtypes, int64_t K, const Pattern& of, int64_t r, int layo
   Grid dW(dtypes.X, of.N(), K, layout);
   A.fill_with_integers();
   B.fill_with_integers();
-  twice({&dW}, 0,
-        [&](void*) { return delta(A.view(), B.view(), kFactor, of.layout(), dW.view(), nullptr); });
+  twice({&dW}, delta_workspace(A.view(), dW.view()), [&](void* workspace) {
+    return delta(A.view(), B.view(), kFactor, of.layout(), dW.view(), workspace, nullptr);
+  });
   dW.check([&](int64_t n, int64_t k) {
     double sum = 0;
     const int g = of.block_of(n).group;
@@ -425,7 +431,7 @@ void test_grad_expand(Dtypes dtypes, int64_t M, const Pattern& of, int64_t r, in
   Grid dS(Dtype::f32, need_dS ? M : 0, R), dB(dtypes.factors, need_dB ? of.adapted : 0, r, layout);
   dY.fill_with_integers();
   S.fill_with_integers(3000);
-  B.fill_with_integers();
+  B.fill_with_integers(most_of(dtypes));
   twice({&dS, &dB}, grad_expand_workspace(dY.view(), B.view(), of.layout()), [&](void* workspace) {
     return grad_expand(dY.view(), S.floats(), B.view(), kFactor, of.layout(), dS.floats(),
                        dB.view(), workspace, nullptr);
@@ -530,6 +536,7 @@ void test_rounding() {
     Grid dA(of_factors, r, K), dB(of_factors, N, r), dW(of_factors, N, K);
     std::vector<char> room(shrink_workspace(X.view(), A.view()) +
                            grad_shrink_workspace(X.view(), A.view()) +
+                           expand_workspace(B.view(), Y.view()) +
                            grad_expand_workspace(dY.view(), B.view(), whole.layout()));
     std::vector<uint8_t> mask(bits.bytes.size());
     const auto kept = [&](int64_t i, int64_t k) { return bits.at(i, k) ? X.at(i, k) : 0; };
@@ -541,7 +548,7 @@ void test_rounding() {
         out_S, K, 1.1f, [&](int64_t i, int64_t, int64_t k) { return kept(i, k); },
         [&](int64_t, int64_t l, int64_t k) { return A.at(l, k); });
     next("Y");
-    CHECK(!expand(S.floats(), B.view(), {}, whole.layout(), Y.view(), nullptr));
+    CHECK(!expand(S.floats(), B.view(), {}, whole.layout(), Y.view(), room.data(), nullptr));
     check_rounding(
         Y, r, 1, [&](int64_t i, int64_t, int64_t l) { return S.at(i, l); },
         [&](int64_t, int64_t n, int64_t l) { return B.at(n, l); });
@@ -566,7 +573,7 @@ void test_rounding() {
         dX, r, 1, [&](int64_t i, int64_t k, int64_t l) { return bits.at(i, k) ? dS.at(i, l) : 0; },
         [&](int64_t, int64_t k, int64_t l) { return A.at(l, k); });
     next("dW");
-    CHECK(!delta(A.view(), B.view(), {1.1f}, whole.layout(), dW.view(), nullptr));
+    CHECK(!delta(A.view(), B.view(), {1.1f}, whole.layout(), dW.view(), room.data(), nullptr));
     check_rounding(
         dW, r, 1.1f, [&](int64_t n, int64_t, int64_t l) { return B.at(n, l); },
         [&](int64_t, int64_t k, int64_t l) { return A.at(l, k); });
@@ -589,7 +596,7 @@ void test_not_numbers() {
     write(dtype, dY.place(i, n), NAN);
     std::vector<char> room(1 << 20);
     CHECK(!shrink(X.view(), A.view(), {}, 0, nullptr, nullptr, S.floats(), room.data(), nullptr));
-    CHECK(!expand(S.floats(), B.view(), {}, whole.layout(), Y.view(), nullptr));
+    CHECK(!expand(S.floats(), B.view(), {}, whole.layout(), Y.view(), room.data(), nullptr));
     CHECK(!grad_expand(dY.view(), S.floats(), B.view(), {}, whole.layout(), dS.floats(), dB.view(),
                        room.data(), nullptr));
     const auto only = [](Grid& grid, const auto& expected) {
@@ -655,7 +662,7 @@ void test_large_offsets() {
                          Grid& of_S) {
       CHECK(!shrink(X, A.view(), {}, 32768, &kSeed, mask.data(), of_S.floats(), room.data(),
                     nullptr));
-      CHECK(!expand(S.floats(), B.view(), {}, whole.layout(), Y, nullptr));
+      CHECK(!expand(S.floats(), B.view(), {}, whole.layout(), Y, room.data(), nullptr));
       CHECK(!grad_expand(X, S.floats(), B.view(), {}, whole.layout(), nullptr, dB.view(),
                          room.data(), nullptr));
       CHECK(

@@ -54,14 +54,15 @@ class Kernel:
 
     Args:
         ranks: Ranks of a tile; 0 for kernels that use no tensor cores.
-        flag: Its last template argument: whether it draws a mask, or writes dX.
+        flags: Its other template arguments: whether ``shrink`` draws a mask, ``grad_shrink`` writes
+            dX, and, the last of the gradients' kernels, whether float32 factors are split.
         local: Bytes of local memory, spilled registers among it.
         code: Its instructions, and before each the label there, if any: (label, name, operands).
     """
 
     name: str
     ranks: int
-    flag: bool
+    flags: tuple[bool, ...]
     registers: int
     local: int
     code: list[tuple[str, str, str]]
@@ -128,11 +129,10 @@ def compile_source(source, architecture, folder):
     kernels = []
     for symbol, local, registers in used:
         name = re.search(r"\d([a-z_]+)_kernel", symbol)[1]
-        template = re.search(r"_kernelI\w+?Li(\d+)E(?:Lb([01])E)?E", symbol)
-        ranks, flag = (int(template[1]), template[2] == "1") if template else (0, False)
-        if name == "product":
-            ranks = 0
-        kernels.append(Kernel(name, ranks, flag, int(registers), int(local), code[symbol]))
+        template = re.search(r"_kernelI\w+?Li(\d+)E((?:Lb[01]E)*)E", symbol)
+        ranks = int(template[1]) if template and name not in ("product", "split") else 0
+        flags = tuple(flag == "1" for flag in re.findall("Lb(.)E", template[2] if ranks else ""))
+        kernels.append(Kernel(name, ranks, flags, int(registers), int(local), code[symbol]))
     return kernels
 
 
@@ -202,7 +202,11 @@ def test_16_bit_kernels_use_tensor_cores_and_asynchronous_copies(kernels):
 def test_two_blocks_fit_on_a_multiprocessor(kernels):
     """As far as registers go; one of many ranks."""
     for kernel in kernels:
-        for_two = {"low_rank": 16, "grad_shrink": 16 if kernel.flag else 32}
+        for_two = {
+            "low_rank": 16,
+            "grad_shrink": 16 if kernel.flags[:1] == (True,) else 32,
+            "grad_expand": 16 if kernel.flags == (True,) else 32,
+        }
         if kernel.ranks:
             wanted = 2 if kernel.ranks <= for_two.get(kernel.name, 64) else 1
             assert kernel.blocks >= wanted, kernel
@@ -219,7 +223,7 @@ def test_a_mask_costs_ten_instructions_an_element(kernels):
         if kernel.name == "shrink":
             loop = kernel.main_loop()
             assert sum(name.startswith("HMMA") for _, name, _ in loop) == kernel.ranks // 2
-            loops.setdefault((kernel.ranks, kernel.flag), []).append(len(loop))
+            loops.setdefault((kernel.ranks, *kernel.flags), []).append(len(loop))
     assert len(loops) == 6
     for ranks in (16, 32, 64):
         for drawing, without in zip(loops[ranks, True], loops[ranks, False], strict=True):

@@ -52,16 +52,19 @@ __device__ uint32_t pack(T first, T second) {
   return low | uint32_t(high) << 16;
 }
 
-// x as the sum of two numbers of 16 bits, so that tensor cores multiply it with twice the bits of
-// mantissa.
-template <class T>
+// x as the sum of numbers of 16 bits, so that tensor cores multiply it with more bits of mantissa.
+template <class T, int Parts>
 struct Split {
-  T high, low;
+  T parts[Parts];
 
-  __device__ explicit Split(float x) : high(x) {
-    const float rest = x - float(high);
-    // Inf - Inf: what is not finite is all in the first
-    low = T(fabsf(rest) <= fabsf(x) ? rest : 0.f);
+  __device__ explicit Split(float x) {
+#pragma unroll
+    for (int i = 0; i < Parts; ++i) {
+      parts[i] = T(x);
+      const float rest = x - float(parts[i]);
+      // Inf - Inf: what is not finite is all in the first
+      x = fabsf(rest) <= fabsf(x) ? rest : 0.f;
+    }
   }
 };
 
@@ -76,10 +79,10 @@ __host__ __device__ constexpr int64_t blocks_of(int64_t n, int64_t block) {
   return (n + block - 1) / block;
 }
 
-// Whether its rows are vectors of 16 bytes, of the dtype of the factor.
-inline bool is_vectors(const Matrix& X, Dtype factor) {
-  return X.dtype == factor && factor != Dtype::f32 && X.col_stride == 1 && X.row_stride % 8 == 0 &&
-         X.cols % 8 == 0 && reinterpret_cast<uintptr_t>(X.data) % 16 == 0;
+// Whether its rows are vectors of 16 bytes.
+inline bool is_vectors(const Matrix& X) {
+  return X.dtype != Dtype::f32 && X.col_stride == 1 && X.row_stride % 8 == 0 && X.cols % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(X.data) % 16 == 0;
 }
 
 }  // namespace fastlora::cuda

@@ -19,8 +19,9 @@ struct Chunks {
 };
 
 // out = c times the sum of `count` parts, each as many rows and columns of floats, that lie
-// `distance` floats apart.
+// `distance` floats apart; where `stacked`, rows of a part are so many rows side by side, to be
+// added up too.
 cudaError_t sum_parts(const float* parts, int count, int64_t distance, Factor c, const Matrix& out,
-                      cudaStream_t stream);
+                      cudaStream_t stream, int stacked = 1);
 
 }  // namespace fastlora::cuda

@@ -3,10 +3,10 @@
 //
 // Sizes as in docs/math.md: M tokens, K in_features, N out_features, r rank, G adapted blocks,
 // R = G * r. All pointers are to memory of the current device. A stage enqueues its work on
-// `stream`, allocates nothing and waits for nothing; where it needs room for sums that are added up
-// in order, the caller brings as many bytes as its `..._workspace` says. Any strides and sizes are
-// right; rows of 16-bit elements that are contiguous, multiples of 8 long and aligned to 16 bytes,
-// under factors of the same dtype, are fast.
+// `stream`, allocates nothing and waits for nothing; where it needs room, for sums that are added
+// up in order, say, the caller brings as many bytes as its `..._workspace` says. Any strides and
+// sizes are right; rows of 16-bit elements that are contiguous, multiples of 8 long and aligned to
+// 16 bytes are fast, under factors of the same dtype, and those of bfloat16 under float32, too.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -56,8 +56,9 @@ cudaError_t shrink(const Matrix& X, const Matrix& A, Factor c, uint32_t t, const
 // Y = S_g B_gᵀ + bias on the features of adapted block g, bias or 0 on the others; the product with
 // W is the caller's.
 // S: (M, R), contiguous, B: (adapted features, r), bias: (1, N) or without data, Y: (M, N).
+size_t expand_workspace(const Matrix& B, const Matrix& Y);
 cudaError_t expand(const float* S, const Matrix& B, const Matrix& bias, const Layout& layout,
-                   const Matrix& Y, cudaStream_t stream);
+                   const Matrix& Y, void* workspace, cudaStream_t stream);
 
 // dS = c dY_g B_g and dB_g = dY_gᵀ S_g, from one read of dY; either is left out where it is null or
 // without data.
@@ -75,13 +76,15 @@ cudaError_t grad_shrink(const float* dS, const Matrix& X, const uint8_t* mask, c
                         const Matrix& dA, const Matrix& dX, void* workspace, cudaStream_t stream);
 
 // dX = m∘(dS A) alone.
+size_t grad_input_workspace(const Matrix& A, const Matrix& dX);
 cudaError_t grad_input(const float* dS, const Matrix& A, const uint8_t* mask, const Matrix& dX,
-                       cudaStream_t stream);
+                       void* workspace, cudaStream_t stream);
 
 // dW = c B_g A_g on the rows of adapted block g, 0 on the others.
 // A: (R, K), B: (adapted features, r), dW: (N, K).
+size_t delta_workspace(const Matrix& A, const Matrix& dW);
 cudaError_t delta(const Matrix& A, const Matrix& B, Factor c, const Layout& layout,
-                  const Matrix& dW, cudaStream_t stream);
+                  const Matrix& dW, void* workspace, cudaStream_t stream);
 
 // Makes a device the current one of this thread. The runtime is linked statically, so it is to be
 // told even where another copy of it was.

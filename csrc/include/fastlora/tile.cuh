@@ -24,19 +24,20 @@ __device__ inline void left_of(uint32_t (&left)[4], uint4 upper, uint4 lower, in
   left[3] = step ? lower.w : lower.y;
 }
 
-// 32 rows of `Ranks` numbers, such as S, that all warps multiply with: each as the sum of two
+// 32 rows of `Ranks` numbers, such as S, that all warps multiply with: each as the sum of `Parts`
 // numbers of 16 bits, in shared memory. Fetched by each thread in part, so that they can be on
 // their way.
-template <class T, int Ranks>
+template <class T, int Ranks, int Parts = 2>
 struct SplitRows {
   // rows that are read by column must not compete for banks
   static constexpr int kStride = Ranks + 8, kPart = kTileRows * kStride;
-  static constexpr size_t kBytes = 2 * kPart * sizeof(T);
+  static constexpr size_t kBytes = Parts * kPart * sizeof(T);
   static constexpr int kPairs = kTileRows * Ranks / 2 / kThreads;
   float pairs[kPairs][2];
 
+  // `period`: where there are more ranks than numbers, the rank that has the first of them again
   __device__ void fetch(const void* data, Dtype dtype, int64_t row_stride, int64_t rank_stride,
-                        int64_t row, int64_t rows, int rank, int ranks) {
+                        int64_t row, int64_t rows, int rank, int ranks, int period) {
 #pragma unroll
     for (int i = 0; i < kPairs; ++i)
 #pragma unroll
@@ -45,7 +46,8 @@ struct SplitRows {
         const int64_t m = row + pair / (Ranks / 2);
         const int r = rank + pair % (Ranks / 2) * 2 + j;
         const bool exists = m < rows && r < ranks;
-        pairs[i][j] = exists ? load(data, dtype, m * row_stride + r * rank_stride) : 0;
+        const int of = r < period ? r : r - period;
+        pairs[i][j] = exists ? load(data, dtype, m * row_stride + of * rank_stride) : 0;
       }
   }
 
@@ -54,9 +56,11 @@ struct SplitRows {
     for (int i = 0; i < kPairs; ++i) {
       const int pair = threadIdx.x + i * kThreads;
       const int at = pair / (Ranks / 2) * kStride + pair % (Ranks / 2) * 2;
-      const Split<T> first(pairs[i][0]), second(pairs[i][1]);
-      *reinterpret_cast<uint32_t*>(to + at) = pack(first.high, second.high);
-      *reinterpret_cast<uint32_t*>(to + kPart + at) = pack(first.low, second.low);
+      const Split<T, Parts> first(pairs[i][0]), second(pairs[i][1]);
+#pragma unroll
+      for (int part = 0; part < Parts; ++part)
+        *reinterpret_cast<uint32_t*>(to + part * kPart + at) =
+            pack(first.parts[part], second.parts[part]);
     }
   }
 
@@ -100,12 +104,12 @@ struct RightFactor {
         }
   }
 
-  // sum += 16 rows times Fᵀ; the second parts of `exact` rows are zero, which infinity must not
-  // meet
-  __device__ void multiply_rows(float (&sum)[4][4], const T* rows, int row, bool exact) const {
+  // sum += the first `parts` parts, at most two, of 16 rows times Fᵀ. Rows of 16 bits have one: the
+  // others are zero, which infinity must not meet.
+  __device__ void multiply_rows(float (&sum)[4][4], const T* rows, int row, int parts) const {
 #pragma unroll
     for (int part = 1; part >= 0; --part) {
-      if (part && exact) continue;
+      if (part >= parts) continue;
 #pragma unroll
       for (int step = 0; step < Ranks / 16; ++step) {
         uint32_t left[4];
