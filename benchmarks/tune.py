@@ -5,6 +5,8 @@ each row of the present table are compiled in several processes, the commonest o
 does not fit the device, or gives another result than the present config, is left out. The rest is
 timed on one layer, and the best few on all. A row stays as it is where nothing is faster by a
 hundredth, or where the time is up before its turn.
+
+Which backend a layer takes is another thing, and another table: ``fastlora tune``.
 """
 
 import argparse

@@ -25,8 +25,7 @@ from fastlora.models import (
     merged,
     switch,
 )
-
-__version__ = "0.1.0"
+from fastlora.version import __version__
 
 __all__ = [
     "Conv1d",
@@ -39,6 +38,7 @@ __all__ = [
     "MergeError",
     "MergedLinear",
     "Report",
+    "__version__",
     "adapters",
     "explain",
     "functional",

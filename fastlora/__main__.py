@@ -1,9 +1,9 @@
-"""The command line: ``fastlora doctor``, also as ``python -m fastlora doctor``."""
+"""The command line: ``fastlora doctor`` and ``fastlora tune``, also as ``python -m fastlora``."""
 
 import argparse
 from collections.abc import Sequence
 
-from fastlora import __version__, doctor
+from fastlora import __version__, doctor, tune
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,6 +19,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = commands.add_parser("doctor", help="what fastlora finds here, and if it works")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     command.set_defaults(run=lambda args: doctor.run(as_json=args.json))
+
+    command = commands.add_parser(
+        "tune", help="measures which backend is the fastest here, for what chooses it on its own"
+    )
+    tune.add_arguments(command)
+    command.set_defaults(run=tune.run)
 
     args = parser.parse_args(argv)
     status: int = args.run(args)

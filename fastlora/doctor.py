@@ -4,14 +4,13 @@ import importlib
 import json
 import platform
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 import fastlora
-from fastlora import backends
+from fastlora import backends, dispatch
 from fastlora.functional import lora_linear
 
 PACKAGES = ("torch", "triton", "safetensors", "numpy", "transformers", "peft", "loralib")
@@ -31,7 +30,9 @@ def run(as_json: bool = False) -> int:
 def collect() -> dict[str, Any]:
     """The report as plain data, ready for JSON.
 
-    ``backends`` and ``self_check`` map a name to None where all is well, else to the reason.
+    ``backends`` and ``self_check`` map a name to None where all is well, else to the reason;
+    ``tables`` holds, by type of device, the files that the choice of a backend goes by, with where
+    their rows come from.
     """
     reasons = backends.available()
     checks = {
@@ -49,13 +50,17 @@ def collect() -> dict[str, Any]:
         },
         "platform": platform.platform(),
         "cpu": {
-            "name": _cpu_name(),
+            "name": dispatch.device_name("cpu"),
             "threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),
         },
         "cuda": _cuda(),
         "extension": _extension(),
         "backends": reasons,
+        "tables": {
+            device: {str(path): str(table) for path, table in dispatch.tables(device).items()}
+            for device in _devices("reference")
+        },
         "self_check": checks,
     }
 
@@ -76,6 +81,11 @@ def render(report: dict[str, Any]) -> str:
             "extension": extension["reason"] or str(extension["build_info"]),
         },
         "backends": {name: reason or "usable" for name, reason in report["backends"].items()},
+        "tables": {
+            device: "; ".join(f"{file}: {said}" for file, said in found.items())
+            or "none (`fastlora tune` makes one)"
+            for device, found in report["tables"].items()
+        },
         "self-check": {
             name: f"failed: {reason}" if reason else "ok"
             for name, reason in report["self_check"].items()
@@ -133,13 +143,6 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
 
 
 def _cuda() -> dict[str, Any]:

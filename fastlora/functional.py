@@ -11,6 +11,7 @@ from fastlora import autograd, checks, dropout
 from fastlora.backends import select
 from fastlora.backends.reference_conv import Geometry
 from fastlora.blocks import Blocks
+from fastlora.dispatch import Case
 
 __all__ = ["grouped_lora_linear", "lora_conv", "lora_conv_dense", "lora_embedding", "lora_linear"]
 
@@ -171,8 +172,9 @@ def block_lora_linear(
     c, t = dropout_factors(scaling, p, training)
     if t and seed is None:
         seed = dropout.draw_seed(x.device)
-    spec = autograd.LinearSpec(c, t, blocks, select(backend, x.device.type, dtype))
     X = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    case = Case.of(X, weight, lora_B, t > 0)
+    spec = autograd.LinearSpec(c, t, blocks, select(backend, x.device.type, dtype, case))
     with without_autocast(x.device):
         Y = autograd.LoRALinear.apply(X, weight, lora_A, lora_B, bias, seed, spec)
     return _unflatten(Y, x.shape[:-1])

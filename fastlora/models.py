@@ -5,9 +5,11 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from fastlora import backends, checks, functional
+from fastlora.dispatch import Case
 from fastlora.layers import LoRALayer
 from fastlora.layers.linear import BlockLinear
 
@@ -161,15 +163,20 @@ def explain(layer: LoRALayer, x: Tensor | None = None) -> str:
     else:
         device = (layer.weight if x is None else x).device.type
         dtype = layer.weight.dtype if x is None else functional.compute_dtype(x)
-        # convolutions and embeddings have no other path
-        name = layer.backend if isinstance(layer, BlockLinear) else "reference"
-        backend = backends.select(name, device, dtype)
-        lines.append(f"path: {backend.name} ({backend.description()})")
-        for name, reason in backends.available(device).items():
-            if reason is None and (not_alone := backends.passed_over(name, device)):
-                reason = f"usable by name: {not_alone}"
-            lines.append(f"  {name}: {reason or 'usable'}")
         p = getattr(layer.lora_dropout, "p", 0.0) if layer.lora_dropout.training else 0.0
+        if isinstance(layer, BlockLinear):
+            case = _case(layer, x, dtype, p > 0)
+            backend = backends.select(layer.backend, device, dtype, case)
+            reason = backends.why(layer.backend, device, dtype, case)
+        else:
+            backend, reason = backends.select("reference"), "such a layer has no other path"
+        lines.append(f"path: {backend.name} ({backend.description()})")
+        lines.append(f"chosen: {reason}")
+        for name, missing in backends.available(device).items():
+            not_alone = backends.passed_over(name, device)
+            if missing is None and not_alone and name != backend.name:
+                missing = f"usable by name: {not_alone}"
+            lines.append(f"  {name}: {missing or 'usable'}")
         lines.append(f"dropout: {f'p={p}' if p else 'inactive'}")
         if x is not None:
             autocast = checks.under_autocast(x.device)
@@ -180,6 +187,13 @@ def explain(layer: LoRALayer, x: Tensor | None = None) -> str:
     if layer.weight_is_shared:
         lines.append("merging: never, the weight is shared with another module")
     return "\n".join(lines)
+
+
+def _case(layer: BlockLinear, x: Tensor | None, dtype: torch.dtype, dropout: bool) -> Case:
+    """What a forward of ``layer`` asks the tables for."""
+    M = None if x is None else x.numel() // layer.in_features
+    factors = functional.for_input(layer.lora_B, dtype).dtype
+    return Case(M, layer.in_features, layer.out_features, layer.r, dtype, factors, dropout)
 
 
 def _adapter_names(model: nn.Module, bias: str) -> set[str]:

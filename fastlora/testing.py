@@ -6,7 +6,7 @@ scale and add done one after the other in the same dtypes; plus, to either, the 
 that FlashAttention's tests use: twice the (rms or largest) error of adding and taking off 0.3.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -178,32 +178,37 @@ def check_linear(
     blocks: Blocks | None = None,
     bias: bool = True,
 ) -> None:
-    """Raises AssertionError unless ``backend`` is right at this shape, forward and backward.
+    """Raises AssertionError unless ``backend`` is right at this shape, forward and backward."""
+    draws = make_draws(
+        M,
+        K,
+        N,
+        r,
+        p=p,
+        dtype=dtype,
+        factor_dtype=factor_dtype,
+        device=device,
+        blocks=blocks,
+        bias=bias,
+    )
+    got = stacked(fused(inputs, backend) for inputs in draws)
+    assert_no_worse(got, stacked(map(composition, draws)), stacked(map(truth, draws)))
 
-    Small shapes are drawn several times and judged together: the error of dB comes from S, and a
-    handful of elements of it says nothing about an rms error.
+
+def make_draws(M: int, K: int, N: int, r: int, **options: Any) -> list[Inputs]:
+    """Operands to be judged together, as :func:`make_inputs` makes them.
+
+    Small shapes are drawn several times: the error of dB comes from S, and a handful of elements of
+    it says nothing about an rms error.
     """
     draws = max(1, min(64, (1 << 13) // max(1, M * r)))
-    results: list[list[dict[str, Tensor]]] = [[], [], []]
-    for seed in range(draws):
-        inputs = make_inputs(
-            M,
-            K,
-            N,
-            r,
-            p=p,
-            dtype=dtype,
-            factor_dtype=factor_dtype,
-            device=device,
-            blocks=blocks,
-            bias=bias,
-            seed=seed,
-        )
-        for result, of in zip(
-            results, (fused(inputs, backend), composition(inputs), truth(inputs)), strict=True
-        ):
-            result.append(of)
-    assert_no_worse(*({name: torch.stack([d[name] for d in r]) for name in r[0]} for r in results))
+    return [make_inputs(M, K, N, r, seed=seed, **options) for seed in range(draws)]
+
+
+def stacked(results: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The outputs and gradients of several draws as one, by name."""
+    every = list(results)
+    return {name: torch.stack([result[name] for result in every]) for name in every[0]}
 
 
 def _rms(t: Tensor) -> float:

@@ -15,7 +15,7 @@ if find_spec("triton") and not torch.cuda.is_available():
     install()
 
 import fastlora
-from fastlora import backends
+from fastlora import backends, dispatch
 
 from .csrc.emulated import load as load_emulated
 
@@ -24,6 +24,24 @@ def pytest_addoption(parser):
     parser.addoption(
         "--full", action="store_true", help="compile the CUDA kernels for every architecture"
     )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_tables_of_the_developer(tmp_path_factory):
+    """What somebody's ``fastlora tune`` measured changes nothing in what the tests run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty folder of tables, the user's, and none of the package's."""
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(dispatch, "SHIPPED", tmp_path / "shipped")
+    dispatch.forget()
+    yield tmp_path / "cache"
+    dispatch.forget()
 
 
 @pytest.fixture(scope="session")

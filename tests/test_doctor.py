@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora import backends, doctor
+from fastlora import backends, dispatch, doctor
 from fastlora.__main__ import main
 
 
@@ -24,6 +24,18 @@ def test_json_report_is_complete(capsys):
     assert report["self_check"]["reference on cpu"] is None
     checked = {name.split(" on ")[0] for name in report["self_check"]}
     assert checked == {name for name, reason in report["backends"].items() if reason is None}
+
+
+def test_the_tables_in_use_are_named(cache, capsys):
+    assert doctor.collect()["tables"]["cpu"] == {}
+    assert main(["doctor"]) == 0
+    assert "none (`fastlora tune` makes one)" in capsys.readouterr().out
+    path = dispatch.user_file("cpu")
+    case = dispatch.Case(6, 8, 12, 2, torch.float32, torch.float32, False)
+    dispatch.store(path, "cpu", [dispatch.Row(case, {"reference": 1.0}, date="2026-01-31")])
+    assert main(["doctor"]) == 0
+    said = f"{path}: 1 rows, measured on {dispatch.device_name('cpu')}, 2026-01-31, fastlora "
+    assert said in capsys.readouterr().out
 
 
 def test_text_report_is_aligned(capsys):

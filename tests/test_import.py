@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[1]
 # from the bottom up: a part imports itself and what stands on the lines above it
 ARROW = """
 kernels
+version environment
 blocks
-checks dropout
+checks dropout dispatch
 backends
 autograd
 functional
@@ -23,7 +24,7 @@ models
 injection adapters
 integrations testing
 fastlora
-doctor
+doctor tune
 __main__
 """
 TIER = {part: tier for tier, line in enumerate(ARROW.split("\n")) for part in line.split()}

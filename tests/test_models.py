@@ -98,7 +98,7 @@ def test_a_demanded_extension_is_what_runs():
         pytest.skip(f"native: {reason}")
     assert reason is None
     build = fastlora.backends.native._C.build_info()
-    path = f"path: native ({build['instruction_set']}, {build['vector_bits']}-bit vectors)"
+    path = f"path: native ({build['instruction_set']}, {build['vector_bits']}-bit vectors"
     layer = fastlora.Linear(4, 4, r=2)
     assert path in fastlora.explain(layer)
     assert path in fastlora.explain(layer, torch.zeros(1, 4))

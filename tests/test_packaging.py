@@ -95,8 +95,9 @@ def test_wheel_holds_every_module_and_nothing_else(built):
         for path in folder.rglob("*.py")
     }
     tables = {f"fastlora/kernels/tables/{path.name}" for path in ROOT.glob("kernels/tables/*.json")}
+    choices = {f"fastlora/tables/{path.name}" for path in ROOT.glob("fastlora/tables/*.json")}
     packed = {name for name in wheel_names(built) if ".dist-info/" not in name}
-    assert tables and packed == modules | tables | {"fastlora/py.typed"}
+    assert tables and packed == modules | tables | choices | {"fastlora/py.typed"}
 
 
 def test_wheel_imports_from_another_folder(built, tmp_path):

@@ -7,11 +7,12 @@ A backend is a module of this folder.
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from fastlora import dispatch
 from fastlora.backends import native, reference, triton
 from fastlora.blocks import Blocks
 
@@ -113,13 +114,22 @@ def available(device: str | None = None) -> dict[str, str | None]:
     return found
 
 
-def select(name: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32) -> Backend:
+def select(
+    name: str = "auto",
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    case: dispatch.Case | None = None,
+) -> Backend:
     """The backend called ``name``; "auto": that of :func:`use_backend`, or the best usable one.
+
+    The best one is that of the nearest row of the device's tables (:mod:`fastlora.dispatch`); where
+    nothing near was measured, native on a CPU, and on a GPU Triton where its tiles were measured.
 
     Args:
         name: "auto" or a backend's name.
         device: Type of the device that the tensors are on.
         dtype: That of x.
+        case: What is to be run; None: it has no place in the tables.
 
     Raises:
         ValueError: unknown name, or a backend that is not usable here or has no kernels for the
@@ -128,7 +138,7 @@ def select(name: str = "auto", device: str = "cpu", dtype: torch.dtype = torch.f
     if name == "auto":
         name = _requested.name
     if name == "auto":
-        name = _best(device, dtype)
+        name = _best(device, dtype) if case is None else _choice(device, dtype, case[:])
     backend = _named(name)
     if reason := _no_kernels(backend, device):
         raise ValueError(f"backend: {name!r} {reason}")
@@ -167,7 +177,42 @@ def passed_over(name: str, device: str) -> str | None:
     return None
 
 
+def why(name: str, device: str, dtype: torch.dtype, case: dispatch.Case) -> str:
+    """Why :func:`select` takes what it takes, in words."""
+    if name != "auto" or _requested.name != "auto":
+        return "by name"
+    if (row := dispatch.nearest(device, case)) is None:
+        return f"not measured: no row of this device is near {case}; `fastlora tune` adds rows"
+    reason = f"measured: {row} at {row.case.sizes}"
+    chosen, fastest = _choice(device, dtype, case), next(iter(row.ranking()), None)
+    if fastest in (None, chosen):
+        return reason
+    if chosen not in (*row.ms, *row.failed):
+        return f"{reason}; {chosen}, the usual choice, was not"
+    if not _usable(fastest, device, dtype):
+        return f"{reason}; {fastest} is not usable now"
+    return f"{reason}; {fastest} is not faster than {chosen} by {dispatch.MARGIN:.0%}"
+
+
+def _choice(device: str, dtype: torch.dtype, case: tuple[Any, ...]) -> str:
+    safe = _best(device, dtype)
+    better = dispatch.better(safe, device, case)
+    return next((name for name in better if _usable(name, device, dtype)), safe)
+
+
+# to torch.compile a constant, like the backends' own answers; a named tuple gets to such a function
+# as another than it was (torch 2.13), a plain one as it is
+_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _usable(name: str, device: str, dtype: torch.dtype) -> bool:
+    if name not in NAMES or (backend := _BACKENDS[name]).why_not() or _no_kernels(backend, device):
+        return False
+    return dtype in (backend.dtypes or {}).get(device, (dtype,))
+
+
 def _best(device: str, dtype: torch.dtype) -> str:
+    """The safe choice: what is never slower than plain PyTorch, for all that is known."""
     if device == "cpu" and native.why_not() is None:
         return "native"
     usable = device == "cuda" and dtype in triton.dtypes["cuda"] and triton.why_not() is None

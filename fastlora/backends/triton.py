@@ -4,7 +4,6 @@ The kernels are those of ``fastlora.kernels``, which is imported at the first ca
 ``TRITON_INTERPRET=1`` set before that, Triton runs them on CPU tensors, for tests.
 """
 
-import os
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -14,13 +13,14 @@ from torch import Tensor
 
 from fastlora.backends.operators import FLOATS, Operators, define
 from fastlora.blocks import Blocks
+from fastlora.environment import variable
 
 if TYPE_CHECKING:
     from fastlora.kernels.layout import Layout
 
 
 def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return variable("TRITON_INTERPRET") == "1"
 
 
 name = "triton"
