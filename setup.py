@@ -24,7 +24,7 @@ COMPILE_ARGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fopenmp"]
 INCLUDES = ("csrc", "csrc/cpu", "csrc/include")
 SOURCES = sorted(Path("csrc").rglob("*.cpp"))
 KERNELS = sorted(Path("csrc").rglob("*.cu"))
-CUDA_BINDINGS = Path("csrc/bindings/cuda.cpp")
+CUDA_BINDINGS = sorted(Path("csrc/bindings").glob("cuda_*.cpp"))
 # code for 8.0 runs on 8.6 and 8.9, and what comes after 9.0 is compiled from PTX when it is loaded
 ARCHITECTURES = "8.0;9.0+PTX"
 
@@ -124,7 +124,7 @@ def add_cuda(module, folder):
     start, names = time.monotonic(), " ".join(architectures())
     module.extra_objects += compile_kernels(folder)
     print(f"fastlora: CUDA kernels for {names}, built in {time.monotonic() - start:.0f} s")
-    module.sources.append(str(CUDA_BINDINGS))
+    module.sources += map(str, CUDA_BINDINGS)
     module.define_macros.append(("FASTLORA_CUDA", f'"{names}"'))
     library = toolkit()
     module.include_dirs.append(str(library / "include"))
@@ -154,7 +154,7 @@ def extension():
     # loaded, as a second one would compete with it for the cores
     module = CppExtension(
         "fastlora._C",
-        [str(path) for path in SOURCES if path != CUDA_BINDINGS],
+        [str(path) for path in SOURCES if path not in CUDA_BINDINGS],
         include_dirs=[str(Path(folder).absolute()) for folder in INCLUDES],
         extra_compile_args=list(COMPILE_ARGS),
     )

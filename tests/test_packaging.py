@@ -126,7 +126,7 @@ def test_sdist_holds_all_sources(built):
     }
     top = {"pyproject.toml", "setup.py", "Makefile", "README.md", "CHANGELOG.md", "CONTRIBUTING.md"}
     assert {
-        "csrc/bindings/cuda.cpp",
+        "csrc/bindings/cuda_stages.cpp",
         "csrc/cuda/shrink.cu",
         "csrc/cpu/kernels.h",
         "csrc/cpu/stages.inc",

@@ -34,6 +34,14 @@ _SCHEMAS = {
     "grad_input": "(Tensor dY, Tensor W, Tensor? dS, Tensor A, Tensor? mask) -> Tensor",
     "delta": "(Tensor A, Tensor B, float scaling, Tensor? scale, int[] splits, bool[] enabled, "
     "int interleave) -> Tensor",
+    # what merging does, outside of any graph
+    "add_low_rank": "(Tensor base, Tensor left, Tensor right, Tensor row_scale, "
+    "Tensor? column_scale) -> Tensor",
+    "encode_correction": "(Tensor predicted, Tensor exact) -> (int bits, Tensor codes, "
+    "Tensor escaped, Tensor values)",
+    "decode_correction": "(Tensor predicted, int bits, Tensor codes, Tensor escaped, "
+    "Tensor values) -> Tensor",
+    "sum_bits": "(Tensor weight) -> int",
 }
 
 
@@ -42,8 +50,9 @@ def define(namespace: str) -> torch.library.Library:
     library = torch.library.Library(namespace, "FRAGMENT")
     for name, schema in _SCHEMAS.items():
         library.define(name + schema)
-        # the shapes, dtypes and strides of results, for torch.compile and torch.export
-        torch.library.register_fake(f"{namespace}::{name}", _FAKES[name], lib=library)
+        if fake := _FAKES.get(name):
+            # the shapes, dtypes and strides of results, for torch.compile and torch.export
+            torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
     return library
 
 

@@ -22,21 +22,33 @@ NO_NATIVE, NO_TRITON = (backends.available("cpu")[name] for name in ("native", "
 needs_native = pytest.mark.skipif(bool(NO_NATIVE), reason=f"native: {NO_NATIVE}")
 needs_triton = pytest.mark.skipif(bool(NO_TRITON), reason=f"triton: {NO_TRITON}")
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# native's for CUDA tensors run on the emulated device
+EMULATED = pytest.param("emulated", id="cuda")
+COMPILED = [pytest.param(native_merge, id="native", marks=needs_native), EMULATED]
+each_compiled = pytest.mark.parametrize("kernels", COMPILED, indirect=True)
 each_kernels = pytest.mark.parametrize(
-    "kernels",
-    [
-        pytest.param(reference_merge, id="reference"),
-        pytest.param(native_merge, id="native", marks=needs_native),
-    ],
+    "kernels", [pytest.param(reference_merge, id="reference"), *COMPILED], indirect=True
 )
 # the others beside the reference, and how large a rank their kernels are tried with here
 each_other = pytest.mark.parametrize(
     ("kernels", "most"),
     [
         pytest.param(native_merge, 64, id="native", marks=needs_native),
+        pytest.param("emulated", 64, id="cuda"),
         pytest.param(triton_merge, 3, id="triton", marks=needs_triton),
     ],
+    indirect=["kernels"],
 )
+
+
+@pytest.fixture
+def kernels(request):
+    if request.param != "emulated":
+        return request.param
+    if request.node.callspec.params.get("dtype") == torch.float64:
+        pytest.skip("there are no CUDA kernels for fp64")
+    request.getfixturevalue("emulated")
+    return torch.ops.fastlora_emulated
 
 
 def bits(t):
@@ -74,9 +86,10 @@ def views(n, k, dtype):
     "kernels",
     [
         pytest.param(reference_merge, id="reference"),
-        pytest.param(native_merge, id="native", marks=needs_native),
+        *COMPILED,
         pytest.param(triton_merge, id="triton", marks=needs_triton),
     ],
+    indirect=True,
 )
 def test_every_16_bit_number_is_rounded_to_once(kernels, dtype):
     order = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
@@ -203,11 +216,11 @@ def test_every_16_bit_prediction_can_be_corrected(kernels, dtype):
         assert same(kernels.decode_correction(other, *correction), exact)
 
 
-@needs_native
-def test_a_broken_correction_is_refused():
+@each_compiled
+def test_a_broken_correction_is_refused(kernels):
     predicted, exact = torch.randn(100), torch.randn(100)
-    width, codes, escaped, values = native_merge.encode_correction(predicted, predicted * 1.000001)
-    decode = native_merge.decode_correction
+    width, codes, escaped, values = kernels.encode_correction(predicted, predicted * 1.000001)
+    decode = kernels.decode_correction
     with pytest.raises(ValueError, match="bits: got 3"):
         decode(predicted, 3, codes, escaped, values)
     with pytest.raises(ValueError, match="codes: got shape"):
@@ -217,7 +230,7 @@ def test_a_broken_correction_is_refused():
     with pytest.raises(TypeError, match="values: got dtype"):
         decode(predicted, width, codes, escaped, values.long())
     with pytest.raises(ValueError, match="predicted: got shape"):
-        native_merge.encode_correction(predicted[1:], exact)
+        kernels.encode_correction(predicted[1:], exact)
     # places that are not in the weight are not written to
     far = torch.tensor([-1, 100, 2**31 - 1], dtype=torch.int32)
     zeros = torch.zeros(3, dtype=torch.int32)

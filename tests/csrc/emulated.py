@@ -22,7 +22,11 @@ CXX = os.environ.get("CXX", "c++")
 # what the runtime of the emulated device stands in for
 RUNTIME = ROOT / "csrc/cuda/runtime.cu"
 KERNELS = sorted(set(ROOT.glob("csrc/cuda/*.cu")) - {RUNTIME})
-SOURCES = (*KERNELS, ROOT / "csrc/bindings/cuda.cpp", ROOT / "tests/csrc/runtime.cpp")
+SOURCES = (
+    *KERNELS,
+    *sorted(ROOT.glob("csrc/bindings/cuda_*.cpp")),
+    ROOT / "tests/csrc/runtime.cpp",
+)
 
 name = "emulated"
 dtypes = {"cpu": FLOATS}

@@ -281,6 +281,10 @@ T* shared_memory() {
   return reinterpret_cast<T*>(emulation::device.shared.get());
 }
 
+// the compiler has to be kept from contracting these, too, where the CPU has such instructions
+inline double multiply_rounded(double a, double b) { return a * b; }
+inline double add_rounded(double a, double b) { return a + b; }
+
 inline void copy_async(void* shared, const void* global, bool exists) {
   if (reinterpret_cast<uintptr_t>(shared) % 16 ||
       (exists && reinterpret_cast<uintptr_t>(global) % 16))

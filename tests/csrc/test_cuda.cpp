@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "fastlora/dropout.cuh"
+#include "fastlora/merge.h"
 #include "fastlora/numbers.cuh"
 #include "fastlora/stages.h"
 
@@ -617,6 +618,66 @@ void test_not_numbers() {
   }
 }
 
+// ---- merging ------------------------------------------------------------------------------------
+
+// Corrections of n values whose distances are small or, rarely, not: counted, encoded, decoded. How
+// they are computed is compared with the reference in Python; this is for what memory is touched.
+template <class U>
+void test_correction(Dtype dtype, int64_t n, int bits) {
+  what = std::string("correction ") + name_of(dtype) + sizes({n, bits});
+  const int largest = bits ? (1 << (bits - 1)) - 1 : 0;
+  std::vector<U> predicted(n), exact(n), decoded(n);
+  std::vector<int32_t> rare;
+  for (int64_t i = 0; i < n; ++i) {
+    // positive and finite, so that bits are in the order of the numbers
+    predicted[i] = U(draw_integer(1000, 20000));
+    exact[i] = U(predicted[i] + draw_integer(-largest, largest));
+    if (draw_integer(0, 50)) continue;
+    exact[i] = U(predicted[i] + largest + 1);
+    rare.push_back(int32_t(i));
+  }
+  const int64_t chunks = blocks_of(n, kChunk);
+  std::vector<int32_t> outside(4 * chunks);
+  CHECK(!count_distances(predicted.data(), exact.data(), dtype, n, outside.data(), nullptr));
+  std::vector<int64_t> first(chunks);
+  const int width = bits == 8 ? 3 : bits / 2;
+  for (int64_t i = 1; i < chunks; ++i) first[i] = first[i - 1] + outside[4 * (i - 1) + width];
+  if (chunks) CHECK(first.back() + outside[4 * (chunks - 1) + width] == int64_t(rare.size()));
+  std::vector<uint8_t> codes((n * bits + 7) / 8);
+  std::vector<int32_t> escaped(rare.size());
+  std::vector<U> values(rare.size());
+  CHECK(!encode_correction(predicted.data(), exact.data(), dtype, n, bits, first.data(),
+                           codes.data(), escaped.data(), values.data(), nullptr));
+  CHECK(escaped == rare);
+  CHECK(!decode_correction(predicted.data(), dtype, n, bits, codes.data(), escaped.data(),
+                           values.data(), int64_t(rare.size()), decoded.data(), nullptr));
+  CHECK(decoded == exact);
+  std::vector<int64_t> parts(sum_bits_parts(n));
+  CHECK(!sum_bits(exact.data(), dtype, n, parts.data(), nullptr));
+  int64_t sum = 0;
+  for (const int64_t part : parts) sum += part;
+  for (const U value : exact) sum -= value;
+  CHECK(!sum);
+}
+
+void test_merging() {
+  for (const int64_t n : {0, 1, 15, 4095, 4096, 4097, 9001})
+    for (const int bits : {0, 2, 4, 8}) {
+      test_correction<uint16_t>(Dtype::bf16, n, bits);
+      test_correction<uint32_t>(Dtype::f32, n, bits);
+    }
+  for (const int layout : {kDense, kOdd, kTransposed, kSpread}) {
+    const int64_t n = 19, k = 270, r = 3;
+    what = "add_low_rank" + sizes({layout});
+    Grid base(Dtype::bf16, n, k, layout), out(Dtype::bf16, n, k);
+    base.fill_with_integers();
+    std::vector<double> left(n * r, 2), right(r * k, 3), row_scale(n, 0.5), column_scale(k, 4);
+    CHECK(!add_low_rank(base.view(), left.data(), right.data(), r, row_scale.data(),
+                        column_scale.data(), out.view(), nullptr));
+    out.check([&](int64_t i, int64_t j) { return base.at(i, j) + 2 * 3 * r * 0.5 * 4; });
+  }
+}
+
 // ---- large offsets ------------------------------------------------------------------------------
 
 // Three rows that are more than 2^31 elements apart, in addresses of which few have memory.
@@ -686,6 +747,7 @@ int main() {
   test_blocks();
   test_rounding();
   test_not_numbers();
+  test_merging();
   test_large_offsets();
   std::printf("%lld launches, %lld threads\n", (long long)fiber_device.launches,
               (long long)fiber_device.threads);

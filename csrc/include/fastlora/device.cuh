@@ -42,6 +42,10 @@ __device__ T* shared_memory() {
   return reinterpret_cast<T*>(fastlora_shared);
 }
 
+// Of two roundings, which the compiler would make one.
+__device__ inline double multiply_rounded(double a, double b) { return __dmul_rn(a, b); }
+__device__ inline double add_rounded(double a, double b) { return __dadd_rn(a, b); }
+
 __device__ inline uint32_t shared_address(const void* p) {
   return uint32_t(__cvta_generic_to_shared(p));
 }

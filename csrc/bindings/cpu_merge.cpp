@@ -3,12 +3,11 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <array>
 #include <functional>
-#include <iterator>
 #include <tuple>
 #include <vector>
 
+#include "corrections.h"
 #include "cpu.h"
 
 namespace fastlora {
@@ -19,15 +18,8 @@ constexpr int64_t kChunk = 1 << 14;
 
 Tensor add_low_rank(const Tensor& base, const Tensor& left, const Tensor& right,
                     const Tensor& row_scale, const optional<Tensor>& column_scale) {
+  check_low_rank(Checks("base", base, at::kCPU), base, left, right, row_scale, column_scale);
   const int64_t n = base.size(0), k = base.size(1), r = left.size(1);
-  const Checks check("base", base, at::kCPU);
-  check.matrix("left", left, n, r);
-  check.matrix("right", right, r, k);
-  check.matrix("row_scale", row_scale, n, 1);
-  if (column_scale) check.matrix("column_scale", *column_scale, 1, k);
-  for (const Tensor* t : {&left, &right, &row_scale, column_scale ? &*column_scale : &right})
-    TORCH_CHECK_TYPE(t->scalar_type() == at::kDouble, "factors and scales: got dtype ",
-                     t->scalar_type(), ", expected float64");
   const Tensor rows = left.contiguous(), columns = pack_rows(right, at::kDouble);
   const Tensor of_rows = row_scale.contiguous();
   optional<Tensor> of_columns;
@@ -43,10 +35,6 @@ Tensor add_low_rank(const Tensor& base, const Tensor& left, const Tensor& right,
   return out;
 }
 
-at::ScalarType integer_type(const Tensor& t) {
-  return t.element_size() == 2 ? at::kShort : t.element_size() == 4 ? at::kInt : at::kLong;
-}
-
 template <class F>
 void for_each_chunk(int64_t n, const F& f) {
   at::parallel_for(0, (n + kChunk - 1) / kChunk, 1, [&](int64_t first, int64_t last) {
@@ -57,36 +45,30 @@ void for_each_chunk(int64_t n, const F& f) {
 
 std::tuple<int64_t, Tensor, Tensor, Tensor> encode_correction(const Tensor& predicted,
                                                               const Tensor& exact) {
-  check(predicted.sizes() == exact.sizes() && predicted.scalar_type() == exact.scalar_type(),
-        "predicted", predicted, exact.sizes());
+  check_pair(predicted, exact);
   const int64_t n = exact.numel();
-  TORCH_CHECK_VALUE(n <= INT32_MAX, "exact: got ", n, " elements, expected at most ", INT32_MAX);
   const Tensor p = predicted.contiguous(), e = exact.contiguous();
   const Stages& stages = stages_for(e);
 
-  // of each chunk and width of code, how many distances there are to list
-  std::vector<std::array<int64_t, std::size(kCodeBits)>> outside((n + kChunk - 1) / kChunk);
+  std::vector<Outside> outside((n + kChunk - 1) / kChunk);
   for_each_chunk(n, [&](int64_t chunk, int64_t begin, int64_t end) {
     stages.count_distances(p.data_ptr(), e.data_ptr(), begin, end, outside[chunk].data());
   });
-  size_t best = 0;
-  int64_t least = INT64_MAX;
-  for (size_t b = 0; b < std::size(kCodeBits); ++b) {
-    int64_t size = n * kCodeBits[b] / 8;
-    for (const auto& of_chunk : outside) size += of_chunk[b] * (4 + exact.element_size());
-    if (size < least) best = b, least = size;
-  }
+  Outside total{};
+  for (const Outside& of_chunk : outside)
+    for (size_t b = 0; b < total.size(); ++b) total[b] += of_chunk[b];
+  const int best = best_width(total, exact);
   const auto integers = exact.options().dtype(integer_type(exact));
-  if (least >= n * exact.element_size()) {
+  if (best < 0) {
     const Tensor none = at::empty({0}, integers);
     return {-1, none, none, e.is_same(exact) ? e.clone() : e};
   }
 
-  const int bits = kCodeBits[best];
+  const int bits = kWidths[best];
   std::vector<int64_t> offset(outside.size() + 1);
   for (size_t i = 0; i < outside.size(); ++i) offset[i + 1] = offset[i] + outside[i][best];
   const int64_t escapes = offset.back();
-  Tensor codes = at::empty({(n * bits + 7) / 8}, exact.options().dtype(at::kByte));
+  Tensor codes = at::empty({code_bytes(n, bits)}, exact.options().dtype(at::kByte));
   Tensor escaped = at::empty({escapes}, exact.options().dtype(at::kInt));
   Tensor values = at::empty({escapes}, integers);
   for_each_chunk(n, [&](int64_t chunk, int64_t begin, int64_t end) {
@@ -100,13 +82,8 @@ std::tuple<int64_t, Tensor, Tensor, Tensor> encode_correction(const Tensor& pred
 
 Tensor decode_correction(const Tensor& predicted, int64_t bits, const Tensor& codes,
                          const Tensor& escaped, const Tensor& values) {
+  check_correction(predicted, bits, codes, escaped, values);
   const int64_t n = predicted.numel(), escapes = escaped.numel();
-  TORCH_CHECK_VALUE(bits == 0 || bits == 2 || bits == 4 || bits == 8, "bits: got ", bits,
-                    ", expected 0, 2, 4 or 8");
-  check(codes.numel() == (n * bits + 7) / 8, "codes", codes, {(n * bits + 7) / 8});
-  check(values.numel() == escapes, "values", values, {escapes});
-  TORCH_CHECK_TYPE(values.scalar_type() == integer_type(predicted), "values: got dtype ",
-                   values.scalar_type(), ", expected ", integer_type(predicted));
   const Tensor p = predicted.contiguous(), c = codes.contiguous();
   const Tensor places = escaped.contiguous(), v = values.contiguous();
   Tensor out = at::empty(predicted.sizes(), predicted.options());
@@ -135,19 +112,6 @@ int64_t sum_bits(const Tensor& weight) {
 }
 
 }  // namespace
-
-TORCH_LIBRARY(fastlora, m) {
-  m.def(
-      "add_low_rank(Tensor base, Tensor left, Tensor right, Tensor row_scale, "
-      "Tensor? column_scale) -> Tensor");
-  m.def(
-      "encode_correction(Tensor predicted, Tensor exact) -> (int bits, Tensor codes, "
-      "Tensor escaped, Tensor values)");
-  m.def(
-      "decode_correction(Tensor predicted, int bits, Tensor codes, Tensor escaped, "
-      "Tensor values) -> Tensor");
-  m.def("sum_bits(Tensor weight) -> int");
-}
 
 TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
   m.impl("add_low_rank", add_low_rank);

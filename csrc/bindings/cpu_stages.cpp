@@ -3,13 +3,13 @@
 // csrc/cpu works on ranges of rows; here threads, buffers and the base products are added. The base
 // product is added in place by torch's own BLAS, so that it costs what the frozen layer costs.
 
-#include "cpu.h"
-
 #include <torch/library.h>
 
 #include <algorithm>
 #include <tuple>
 #include <vector>
+
+#include "cpu.h"
 
 namespace fastlora {
 

@@ -1,0 +1,82 @@
+// Tensors as csrc/cuda takes them, and where its work goes.
+#pragma once
+
+#include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
+
+#include "checks.h"
+#include "fastlora/stages.h"
+
+// Of torch's stable interface, so that a torch without CUDA is enough to build this; null there.
+extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device,
+                                                                            void** stream);
+
+// tests/csrc builds these files for an emulated device, whose memory is that of the CPU
+#if defined(FASTLORA_EMULATED)
+#define FASTLORA_NAMESPACE fastlora_emulated
+#define FASTLORA_KEY CPU
+#else
+#define FASTLORA_NAMESPACE fastlora
+#define FASTLORA_KEY CUDA
+#endif
+
+namespace fastlora {
+
+constexpr at::DeviceType kDevice = at::DeviceType::FASTLORA_KEY;
+
+inline void check_launch(const char* stage, cudaError_t error) {
+  TORCH_CHECK(error == cudaSuccess, "fastlora::", stage, ": ", cuda::describe(error));
+}
+
+inline cudaStream_t current_stream([[maybe_unused]] at::Device device) {
+  void* stream = nullptr;
+#if !defined(FASTLORA_EMULATED)
+  TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch has no CUDA streams");
+  const int32_t error = aoti_torch_get_current_cuda_stream(device.index(), &stream);
+  TORCH_CHECK(!error, "no current stream of ", device);
+#endif
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Where the work of a call goes: the device of its first tensor and the stream that is current
+// there.
+class Place {
+ public:
+  Place(const char* stage, const char* name, const Tensor& t)
+      : check(name, t, kDevice), stage(stage), guard(t.device()) {
+    TORCH_CHECK_TYPE(check.wide == at::kFloat && at::isFloatingType(check.dtype), name, ": got ",
+                     check.dtype, ", expected Float, BFloat16 or Half");
+    check_launch(stage, cuda::set_device(t.device().index()));
+    stream = current_stream(t.device());
+  }
+
+  Tensor empty(at::IntArrayRef sizes, at::ScalarType dtype) const {
+    return at::empty(sizes, at::TensorOptions().device(check.device).dtype(dtype));
+  }
+
+  // starts a stage that needs so many bytes
+  template <class Start>
+  void run(size_t workspace, const Start& start) const {
+    const Tensor bytes = empty({int64_t(workspace)}, at::kByte);
+    check_launch(stage, start(workspace ? bytes.data_ptr() : nullptr, stream));
+  }
+
+  const Checks check;
+
+ private:
+  const char* stage;
+  c10::DeviceGuard guard;
+  cudaStream_t stream;
+};
+
+inline cuda::Dtype dtype_of(at::ScalarType type) {
+  return type == at::kFloat      ? cuda::Dtype::f32
+         : type == at::kBFloat16 ? cuda::Dtype::bf16
+                                 : cuda::Dtype::f16;
+}
+
+inline cuda::Matrix matrix(const Tensor& t) {
+  return {t.data_ptr(), dtype_of(t.scalar_type()), t.size(0), t.size(1), t.stride(0), t.stride(1)};
+}
+
+}  // namespace fastlora
