@@ -15,7 +15,7 @@ if find_spec("triton") and not torch.cuda.is_available():
     install()
 
 import fastlora
-from fastlora import backends, dispatch
+from fastlora import backends, dispatch, merge
 
 from .csrc.emulated import load as load_emulated
 
@@ -51,16 +51,29 @@ def emulated(tmp_path_factory):
     return load_emulated(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
 
 
+@pytest.fixture
+def usable(request, monkeypatch):
+    """Gives the name of a backend for CPU tensors back, or skips the test.
+
+    "emulated" is the one that takes native's kernels for CUDA tensors.
+    """
+
+    def check(name):
+        if name == "emulated":
+            monkeypatch.setitem(backends._BACKENDS, name, request.getfixturevalue(name))
+            monkeypatch.setattr(backends, "NAMES", (*backends.NAMES, name))
+            monkeypatch.setitem(merge._MODULES, name, torch.ops.fastlora_emulated)
+        if name != "auto" and (reason := backends.available("cpu")[name]):
+            pytest.skip(f"{name}: {reason}")
+        return name
+
+    return check
+
+
 @pytest.fixture(params=["reference", "native", "triton", "emulated"])
-def backend_name(request, monkeypatch):
-    """Each of the backends for CPU tensors, and the one that takes them for CUDA tensors."""
-    if request.param == "emulated":
-        module = request.getfixturevalue("emulated")
-        monkeypatch.setitem(backends._BACKENDS, "emulated", module)
-        monkeypatch.setattr(backends, "NAMES", (*backends.NAMES, "emulated"))
-    if reason := backends.available("cpu")[request.param]:
-        pytest.skip(f"{request.param}: {reason}")
-    return request.param
+def backend_name(request, usable):
+    """Each of the backends for CPU tensors."""
+    return usable(request.param)
 
 
 @pytest.fixture
@@ -71,10 +84,8 @@ def backend(backend_name):
 
 
 @pytest.fixture
-def path(request):
+def path(request, usable):
     """What leaves the choice of a backend open runs on the one given, or on the usual one."""
-    name = getattr(request, "param", "auto")
-    if name != "auto" and (reason := backends.available("cpu")[name]):
-        pytest.skip(f"{name}: {reason}")
+    name = usable(getattr(request, "param", "auto"))
     with fastlora.use_backend(name):
         yield name

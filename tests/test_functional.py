@@ -24,7 +24,7 @@ DTYPE_TRIPLES = list(itertools.product((FP32, BF16, FP16), repeat=3))
 NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
 
 pytestmark = [
-    pytest.mark.parametrize("path", ["auto", "triton"], indirect=True),
+    pytest.mark.parametrize("path", ["auto", "triton", "emulated"], indirect=True),
     pytest.mark.usefixtures("path"),
 ]
 
@@ -121,7 +121,7 @@ def test_autocast_is_a_cast_of_the_input_and_the_weight(dtype):
 
 
 def test_autocast_leaves_fp64_alone(path):
-    if path == "triton":
+    if path != "auto":
         pytest.skip("no kernels for float64")
     tensors = operands(4, x=FP64, W=FP64, factors=FP64)
     with torch.autocast("cpu", BF16):

@@ -43,18 +43,19 @@ pytestmark = pytest.mark.usefixtures("path")
 
 
 def on_each_path(kinds):
-    """These layers as they are, and those that Triton has kernels for also on it."""
+    """These layers as they are, and those of the kinds that others have kernels for on these."""
     cases = [pytest.param(kind, "auto", id=kind) for kind in kinds]
     cases += [
-        pytest.param(kind, "triton", id=f"{kind} on triton")
+        pytest.param(kind, other, id=f"{kind} on {other}")
         for kind in kinds
         if kind.startswith(("linear", "merged"))
+        for other in ("triton", "emulated")
     ]
     return pytest.mark.parametrize(("kind", "path"), cases, indirect=["path"])
 
 
 layers = on_each_path(LAYERS)
-each_path = pytest.mark.parametrize("path", ["auto", "triton"], indirect=True)
+each_path = pytest.mark.parametrize("path", ["auto", "triton", "emulated"], indirect=True)
 
 
 def widest():

@@ -51,7 +51,7 @@ CASES = {
     "conv-plain": ("Conv2d", (4, 6, 3), {}),
     "conv-double": ("Conv2d", (4, 6, 3), {"r": 2, "dtype": torch.double}),
 }
-each_path = pytest.mark.parametrize("path", ["auto", "triton"], indirect=True)
+each_path = pytest.mark.parametrize("path", ["auto", "triton", "emulated"], indirect=True)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -156,7 +156,7 @@ def run(layer, case, dtype):
 @pytest.mark.parametrize("merged", [False, True], ids=["train", "eval"])
 @pytest.mark.parametrize("case", CASES)
 def test_forward_and_gradients(case, merged, path):
-    if path == "triton" and case.endswith("double"):
+    if path != "auto" and case.endswith("double"):
         pytest.skip("no kernels for float64")
     old, new = draw_factors(build(loralib, case), build(fastlora, case))
     exact = copy.deepcopy(old).double()
