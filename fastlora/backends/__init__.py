@@ -5,7 +5,7 @@ A backend is a module of this folder.
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol, cast
 
@@ -63,6 +63,33 @@ class Backend(Protocol):
         need_dA: bool,
         need_dB: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
+
+    def multi_forward(
+        self,
+        X: Tensor,
+        W: Sequence[Tensor],
+        bias: Sequence[Tensor | None],
+        A: Sequence[Tensor],
+        B: Sequence[Tensor],
+        c: Sequence[float | Tensor],
+        t: Sequence[int],
+        seed: Sequence[Tensor | None],
+    ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]: ...
+
+    def multi_backward(
+        self,
+        dY: Sequence[Tensor],
+        X: Tensor | None,
+        W: Sequence[Tensor | None],
+        A: Sequence[Tensor | None],
+        B: Sequence[Tensor],
+        S: Sequence[Tensor | None],
+        mask: Sequence[Tensor | None],
+        c: Sequence[float | Tensor],
+        need_dX: bool,
+        need_dA: Sequence[bool],
+        need_dB: Sequence[bool],
+    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]: ...
 
     def shrink(
         self, X: Tensor, A: Tensor, c: float | Tensor, t: int, seed: Tensor | None
