@@ -111,7 +111,7 @@ using OptionalTensors = c10::List<optional<Tensor>>;
 
 template <class... Lists>
 void check_counts(size_t count, const Lists&... lists) {
-  TORCH_CHECK_VALUE(count && ((lists.size() == count) && ...), "layers: got lists of ", count,
+  TORCH_CHECK_VALUE(count && ((lists.size() == count) && ...), "layers: got lists of ", count, ", ",
                     at::ArrayRef<size_t>({lists.size()...}),
                     " elements, expected as many in each as there are layers");
 }

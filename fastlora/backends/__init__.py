@@ -19,9 +19,10 @@ NAMES = ("reference", "native", "triton")
 
 
 class Backend(Protocol):
-    """The stages of a LoRA linear layer on 2-D tensors, and the two passes made of them.
+    """The stages of a LoRA linear layer on 2-D tensors, and the passes made of them.
 
-    See :mod:`fastlora.backends.reference` for shapes and dtypes, ``docs/math.md`` for the maths.
+    See :mod:`fastlora.backends.reference` for shapes and dtypes, :mod:`fastlora.backends.multi` for
+    those of layers that share X, ``docs/math.md`` for the maths.
 
     Attributes:
         name: One of :data:`NAMES`.
