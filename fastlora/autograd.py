@@ -4,7 +4,7 @@ Saved: X itself (an alias), S, the packed mask and the parameters. Nothing else,
 weight's size but the weight.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlora import checks
 from fastlora.backends import Backend, reference, reference_conv, reference_embedding
 from fastlora.blocks import Blocks
 
@@ -19,17 +20,20 @@ Backward = Callable[..., tuple[Tensor | None, ...]]
 
 
 def once_differentiable(backward: Backward) -> Backward:
-    """Refuses ``create_graph=True``; without it, backward runs with gradients disabled anyway.
+    """Refuses ``create_graph=True``, and keeps autocast out.
 
     torch's own lets a gradient without a graph through where dY needs none (that of a sum, say),
-    and a penalty on it would silently count as a constant.
+    and a penalty on it would silently count as a constant. Forward has cast what autocast casts;
+    in a backward that is called inside of its block it would cast sums in float32, too.
     """
 
     @wraps(backward)
-    def checked(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
+    def checked(ctx: Any, *dY: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("create_graph=True: LoRA layers can be differentiated only once")
-        return backward(ctx, dY)
+        device = next((t.device for t in dY if t is not None), torch.device("cpu"))
+        with checks.without_autocast(device):
+            return backward(ctx, *dY)
 
     return checked
 
@@ -89,10 +93,7 @@ class LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, dY: Tensor) -> tuple[Tensor | None, ...]:
         X, W, A, B, S, mask = ctx.saved_tensors
         need_X, need_W, need_A, need_B, need_bias, *_ = ctx.needs_input_grad
-        spec = ctx.spec
-        if 0 in dY.stride():
-            # the gradient of a sum: each product would make its own copy
-            dY = dY.contiguous()
+        spec, dY = ctx.spec, _dense(dY)
         W = W.to(dY.dtype) if need_X else None
         dX, dA, dB = spec.backend.backward(
             dY, X, W, A, B, S, mask, spec.c, spec.blocks, need_X, need_A, need_B
@@ -100,6 +101,96 @@ class LoRALinear(torch.autograd.Function):
         dW = dY.t() @ X if need_W else None
         dbias = dY.sum(0) if need_bias else None
         return dX, dW, dA, dB, dbias, None, None
+
+
+@dataclass(frozen=True)
+class MultiLinearSpec:
+    """What a call of :class:`LoRAMultiLinear` knows besides its tensors; c and t of each layer."""
+
+    c: tuple[float | Tensor, ...]
+    t: tuple[int, ...]
+    backend: Backend
+
+
+class LoRAMultiLinear(torch.autograd.Function):
+    """:class:`LoRALinear` for layers that share X, which is saved once; dX is one sum.
+
+    ``operands`` are all W, then all A, B, biases and seeds.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, X: Tensor, spec: MultiLinearSpec, *operands: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        W, A, B, bias, seed = _of_layers(operands, len(spec.t))
+        need_X, _, *needs = ctx.needs_input_grad
+        need_W, need_A, need_B, *_ = _of_layers(needs, len(spec.t))
+        Y, S, mask = spec.backend.multi_forward(
+            X, [W_i.to(X.dtype) for W_i in W], bias, A, B, spec.c, spec.t, seed
+        )
+        ctx.spec = spec
+        # an output that nothing was made of costs nothing in backward
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            X if any((*need_A, *need_W)) else None,
+            *(W_i if need_X else None for W_i in W),
+            *_where(A, [need_X or need for need in need_A]),
+            *B,
+            *_where(S, need_B),
+            *_where(mask, [need_X or need for need in need_A]),
+        )
+        return tuple(Y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dYs: Tensor | None) -> tuple[Tensor | None, ...]:
+        spec, count = ctx.spec, len(dYs)
+        used = [i for i, dY in enumerate(dYs) if dY is not None]
+        if not used:
+            return (None,) * len(ctx.needs_input_grad)
+        X, *saved = ctx.saved_tensors
+        need_X, _, *needs = ctx.needs_input_grad
+        W, A, B, S, mask = (_pick(of, used) for of in _of_layers(saved, count))
+        need_W, need_A, need_B, need_bias, _ = (_pick(of, used) for of in _of_layers(needs, count))
+        dY = [_dense(dY) for dY in dYs if dY is not None]
+        dX, dA, dB = spec.backend.multi_backward(
+            dY,
+            X,
+            [W_i.to(dY[0].dtype) if need_X else None for W_i in W],
+            A,
+            B,
+            S,
+            mask,
+            _pick(spec.c, used),
+            need_X,
+            need_A,
+            need_B,
+        )
+        dW = [dY_i.t() @ X if need else None for dY_i, need in zip(dY, need_W, strict=True)]
+        dbias = [dY_i.sum(0) if need else None for dY_i, need in zip(dY, need_bias, strict=True)]
+        gradients: list[Tensor | None] = []
+        for of in (dW, dA, dB, dbias, [None] * len(used)):
+            found = dict(zip(used, of, strict=True))
+            gradients += [found.get(i) for i in range(count)]
+        return dX, None, *gradients
+
+
+def _of_layers(values: Sequence[Any], count: int) -> list[list[Any]]:
+    """Lists of ``count``: those of the first kind of operand, of the second, and so on."""
+    return [list(values[i : i + count]) for i in range(0, len(values), count)]
+
+
+def _pick(values: Sequence[Any], indices: Sequence[int]) -> list[Any]:
+    return [values[i] for i in indices]
+
+
+def _where(tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> Iterator[Tensor | None]:
+    return (t if need else None for t, need in zip(tensors, needed, strict=True))
+
+
+def _dense(dY: Tensor) -> Tensor:
+    """Itself, but for the gradient of a sum, of which each product would make its own copy."""
+    return dY.contiguous() if 0 in dY.stride() else dY
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Each check names the argument, what was got and what was expected, and runs befo
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from fastlora.blocks import Blocks
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+_LINEAR = ("weight", "lora_A", "lora_B", "bias", "lora_bias")
+_LINEARS = ("weights", *_LINEAR[1:])
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
@@ -21,6 +24,13 @@ def under_autocast(device: torch.device) -> bool:
     # the meta device does not know autocast
     known = torch.amp.is_autocast_available(device.type)
     return known and torch.is_autocast_enabled(device.type)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """A block in which autocast is off, also for devices that do not know it."""
+    if under_autocast(device):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _shape(t: Tensor) -> tuple[int, ...]:
@@ -39,13 +49,22 @@ def tensor(name: str, t: object) -> None:
         raise TypeError(f"{name}: got {type(t).__name__}, expected a torch.Tensor")
 
 
-def base_weight(weight: Tensor) -> None:
+def base_weight(name: str, weight: Tensor) -> None:
     """The weight of a linear layer is a matrix."""
-    tensor("weight", weight)
+    tensor(name, weight)
     if weight.dim() != 2:
         raise ValueError(
-            f"weight: got shape {_shape(weight)}, expected (out_features, in_features)"
+            f"{name}: got shape {_shape(weight)}, expected (out_features, in_features)"
         )
+
+
+def count(name: str, values: object, n: int | None = None) -> None:
+    """``values`` is a list or tuple, and has an element for each of ``n`` layers."""
+    if not isinstance(values, list | tuple):
+        raise TypeError(f"{name}: got {type(values).__name__}, expected a list or tuple")
+    if len(values) != n and (n is not None or not values):
+        expected = "one or more" if n is None else f"{n}, one for each of weights"
+        raise ValueError(f"{name}: got {len(values)} elements, expected {expected}")
 
 
 def float_dtype(name: str, dtype: torch.dtype) -> None:
@@ -58,7 +77,7 @@ def float_dtype(name: str, dtype: torch.dtype) -> None:
 def float_tensors(**tensors: Tensor | None) -> None:
     """Each is a tensor of a dtype the library computes in; the biases may be None."""
     for name, t in tensors.items():
-        if t is not None or not name.endswith("bias"):
+        if t is not None or "bias" not in name:
             tensor(name, t)
             float_dtype(name, t.dtype)  # type: ignore[union-attr]
 
@@ -121,28 +140,28 @@ def rank(name: str, r: int) -> None:
         raise ValueError(f"{name}: got {r}, expected 0 (no adapter) or a positive rank")
 
 
-def scaling(value: float | Tensor) -> None:
+def scaling(name: str, value: float | Tensor) -> None:
     """A finite number, or a tensor of one element that needs no gradient."""
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.requires_grad:
             raise ValueError(
-                f"scaling: got a tensor of shape {_shape(value)} with requires_grad="
+                f"{name}: got a tensor of shape {_shape(value)} with requires_grad="
                 f"{value.requires_grad}, expected a number or one element that needs no gradient"
             )
     else:
-        number("scaling", value)
+        number(name, value)
 
 
-def seed(seed: Tensor | None, device: torch.device) -> None:
+def seed(name: str, seed: Tensor | None, device: torch.device) -> None:
     """A dropout seed is one int64 on the input's device."""
     if seed is None:
         return
-    tensor("seed", seed)
+    tensor(name, seed)
     if seed.dtype != torch.int64 or seed.numel() != 1:
         raise ValueError(
-            f"seed: got {seed.dtype} of shape {_shape(seed)}, expected one int64 element"
+            f"{name}: got {seed.dtype} of shape {_shape(seed)}, expected one int64 element"
         )
-    same_device("x", device, seed=seed)
+    same_device("x", device, **{name: seed})
 
 
 def blocks(
@@ -194,34 +213,40 @@ def linear(
     lora_bias: Tensor | None,
     layout: Blocks,
     dtype: torch.dtype,
+    at: int | None = None,
 ) -> None:
-    """The tensors of a LoRA linear fit together; ``dtype`` is what the call computes in."""
+    """The tensors of a LoRA linear fit together; ``dtype`` is what the call computes in.
+
+    ``at`` is where they stand in the lists of a call that takes several of each.
+    """
     if _linear_fits(x, weight, lora_A, lora_B, bias, lora_bias, layout, dtype):
         return
-    factors = {"lora_A": lora_A, "lora_B": lora_B, "lora_bias": lora_bias}
-    float_tensors(x=x, weight=weight, bias=bias, **factors)
+    W, A, B, b, lora_b = _LINEAR if at is None else (f"{name}[{at}]" for name in _LINEARS)
+    base = {W: weight, b: bias}
+    factors = {A: lora_A, B: lora_B, lora_b: lora_bias}
+    float_tensors(x=x, **base, **factors)
     N, K = weight.shape
     if x.dim() == 0 or x.shape[-1] != K:
         raise ValueError(
-            f"x: got shape {_shape(x)}, expected (..., {K}), in_features of weight {(N, K)}"
+            f"x: got shape {_shape(x)}, expected (..., {K}), in_features of {W} {(N, K)}"
         )
     if layout.out_features != N:
         raise ValueError(
-            f"weight: got {N} output features, expected {layout.out_features}, the blocks' sum"
+            f"{W}: got {N} output features, expected {layout.out_features}, the blocks' sum"
         )
     if lora_B.dim() != 2:
-        raise ValueError(f"lora_B: got shape {_shape(lora_B)}, expected (out_features, r)")
+        raise ValueError(f"{B}: got shape {_shape(lora_B)}, expected (out_features, r)")
     n, r = layout.adapted_features, lora_B.shape[1]
-    shape("lora_B", lora_B, (n, r), f"out_features {n} of the adapted blocks")
-    shape("lora_A", lora_A, (layout.count * r, K), f"r={r} of lora_B, in_features={K}")
+    shape(B, lora_B, (n, r), f"out_features {n} of the adapted blocks")
+    shape(A, lora_A, (layout.count * r, K), f"r={r} of {B}, in_features={K}")
     if bias is not None:
-        shape("bias", bias, (N,), f"out_features of weight {(N, K)}")
+        shape(b, bias, (N,), f"out_features of {W} {(N, K)}")
     if lora_bias is not None:
-        shape("lora_bias", lora_bias, (n,), "out_features of lora_B")
-    same_device("x", x.device, weight=weight, bias=bias, **factors)
+        shape(lora_b, lora_bias, (n,), f"out_features of {B}")
+    same_device("x", x.device, **base, **factors)
     if under_autocast(x.device):
         return
-    base_dtype(dtype, weight=weight, bias=bias)
+    base_dtype(dtype, **base)
     factor_dtypes(dtype, **factors)
 
 

@@ -1,7 +1,7 @@
 """LoRA layers as functions: validate, flatten to 2-D, call the autograd Function."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,14 @@ from fastlora.backends.reference_conv import Geometry
 from fastlora.blocks import Blocks
 from fastlora.dispatch import Case
 
-__all__ = ["grouped_lora_linear", "lora_conv", "lora_conv_dense", "lora_embedding", "lora_linear"]
+__all__ = [
+    "grouped_lora_linear",
+    "lora_conv",
+    "lora_conv_dense",
+    "lora_embedding",
+    "lora_linear",
+    "multi_lora_linear",
+]
 
 
 def lora_linear(
@@ -63,7 +70,7 @@ def lora_linear(
     Reference:
         Hu et al. 2021, arXiv:2106.09685, eq. 3; truth in :mod:`fastlora.backends.reference`.
     """
-    checks.base_weight(weight)
+    checks.base_weight("weight", weight)
     return block_lora_linear(
         x,
         weight,
@@ -126,7 +133,7 @@ def grouped_lora_linear(
         ValueError: as for :func:`lora_linear`, or blocks that do not divide ``out_features``.
         TypeError: as for :func:`lora_linear`.
     """
-    checks.base_weight(weight)
+    checks.base_weight("weight", weight)
     blocks = checks.blocks(weight.shape[0], enable_lora, out_splits, interleave)
     if not blocks.count:
         return F.linear(x, weight, bias)
@@ -144,6 +151,110 @@ def grouped_lora_linear(
         seed=seed,
         backend=backend,
     )
+
+
+def multi_lora_linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_A: Sequence[Tensor | None],
+    lora_B: Sequence[Tensor | None],
+    *,
+    scaling: float | Tensor | Sequence[float | Tensor],
+    bias: Sequence[Tensor | None] | None = None,
+    lora_bias: Sequence[Tensor | None] | None = None,
+    p: float | Sequence[float] = 0.0,
+    training: bool = True,
+    seeds: Sequence[Tensor | None] | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, ...]:
+    """Several linear layers of the same input, each with its own low-rank update or none.
+
+    A model's q, k and v projections, say, or gate and up. Output i is that of :func:`lora_linear`
+    with element i of each list, bit for bit, as are the gradients of its parameters; the gradient
+    of ``x`` is summed up in one buffer, and ``x`` is saved for backward once. Where the parameters
+    are those of one weight, :func:`grouped_lora_linear` has one mask for all and needs fewer
+    products.
+
+    Args:
+        x: As for :func:`lora_linear`.
+        weights: Base weights, shapes ``(out_features_i, in_features)``, dtype of ``x``.
+        lora_A: Down factors, shapes ``(r_i, in_features)``; None, here and in ``lora_B``, for a
+            layer that has none.
+        lora_B: Up factors, shapes ``(out_features_i, r_i)``, each in the dtype of its down factor.
+        scaling: As for :func:`lora_linear`: one for all layers, or a list or tuple of them, like
+            ``p``.
+        bias: Biases of the base layers, shapes ``(out_features_i,)``, each may be None.
+        lora_bias: Biases of the up factors, shapes ``(out_features_i,)``, each may be None.
+        p: Dropout probability; each layer has a mask of its own.
+        training: As for :func:`lora_linear`.
+        seeds: Dropout seeds, each as for :func:`lora_linear`; those that are None are drawn in the
+            order of the layers.
+        backend: As for :func:`lora_linear`.
+
+    Returns:
+        Of each layer what :func:`lora_linear` returns.
+
+    Raises:
+        ValueError: as for :func:`lora_linear`, or lists that are not of one length.
+        TypeError: as for :func:`lora_linear`, or no lists.
+    """
+    checks.count("weights", weights)
+    n, dtype = len(weights), compute_dtype(x)
+    checks.count("lora_A", lora_A, n)
+    checks.count("lora_B", lora_B, n)
+    biases, lora_biases = _optional("bias", bias, n), _optional("lora_bias", lora_bias, n)
+    scalings = _for_each("scaling", scaling, n, checks.scaling)
+    rates, seeds = _for_each("p", p, n, checks.probability), _optional("seeds", seeds, n)
+    layers = []
+    for i, W in enumerate(weights):
+        checks.base_weight(f"weights[{i}]", W)
+        A, B = _factors(W, lora_A[i], lora_B[i], dtype)
+        blocks = Blocks.single(W.shape[0])
+        checks.linear(x, W, A, B, biases[i], lora_biases[i], blocks, dtype, at=i)
+        checks.seed(f"seeds[{i}]", seeds[i], x.device)
+        rate = rates[i] if training and B.shape[1] else 0.0
+        layers.append((A, B, scalings[i], blocks, biases[i], lora_biases[i], rate, seeds[i]))
+    x = x.to(dtype)
+    X = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    # the first stands for all
+    _, B, *_, rate, _ = layers[0]
+    chosen = select(backend, x.device.type, dtype, Case.of(X, weights[0], B, rate > 0))
+    # seeds are drawn here, after the last check
+    prepared = (_prepare(x, *layer) for layer in layers)
+    As, Bs, total_biases, drawn, c, t = zip(*prepared, strict=True)
+    spec = autograd.MultiLinearSpec(c, t, chosen)
+    with checks.without_autocast(x.device):
+        Y = autograd.LoRAMultiLinear.apply(X, spec, *weights, *As, *Bs, *total_biases, *drawn)
+    return tuple(_unflatten(Y_i, x.shape[:-1]) for Y_i in Y)
+
+
+def _factors(
+    W: Tensor, A: Tensor | None, B: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The factors of a layer; where there are none, some of rank 0."""
+    if A is None and B is None:
+        return W.new_empty(0, W.shape[1], dtype=dtype), W.new_empty(W.shape[0], 0, dtype=dtype)
+    # where there is one, the other is asked for by name
+    return cast(Tensor, A), cast(Tensor, B)
+
+
+def _optional(name: str, values: Sequence[Tensor | None] | None, n: int) -> Sequence[Tensor | None]:
+    """The values of ``n`` layers; None: none has one."""
+    if values is None:
+        return [None] * n
+    checks.count(name, values, n)
+    return values
+
+
+def _for_each(name: str, value: Any, n: int, check: Callable[[str, Any], None]) -> Sequence[Any]:
+    """The values of ``n`` layers, or the one of all of them, checked."""
+    if not isinstance(value, list | tuple):
+        check(name, value)
+        return [value] * n
+    checks.count(name, value, n)
+    for i, of_one in enumerate(value):
+        check(f"{name}[{i}]", of_one)
+    return value
 
 
 def block_lora_linear(
@@ -164,20 +275,38 @@ def block_lora_linear(
     """:func:`grouped_lora_linear` for a layout that is at hand as :class:`Blocks`."""
     dtype = compute_dtype(x)
     checks.linear(x, weight, lora_A, lora_B, bias, lora_bias, blocks, dtype)
-    checks.scaling(scaling)
+    checks.scaling("scaling", scaling)
     checks.probability("p", p)
-    checks.seed(seed, x.device)
-    x, lora_A, lora_B = x.to(dtype), for_input(lora_A, dtype), for_input(lora_B, dtype)
-    bias = add_lora_bias(bias, lora_bias, scaling, blocks, dtype)
-    c, t = dropout_factors(scaling, p, training)
+    checks.seed("seed", seed, x.device)
+    x = x.to(dtype)
+    A, B, bias, seed, c, t = _prepare(
+        x, lora_A, lora_B, scaling, blocks, bias, lora_bias, p if training else 0.0, seed
+    )
+    X = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    case = Case.of(X, weight, B, t > 0)
+    spec = autograd.LinearSpec(c, t, blocks, select(backend, x.device.type, dtype, case))
+    with checks.without_autocast(x.device):
+        Y = autograd.LoRALinear.apply(X, weight, A, B, bias, seed, spec)
+    return _unflatten(Y, x.shape[:-1])
+
+
+def _prepare(
+    x: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float | Tensor,
+    blocks: Blocks,
+    bias: Tensor | None,
+    lora_bias: Tensor | None,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, float | Tensor, int]:
+    """The factors, bias and seed, c and threshold that a layer of this ``x`` computes with."""
+    c, t = dropout_factors(scaling, p, training=True)
     if t and seed is None:
         seed = dropout.draw_seed(x.device)
-    X = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    case = Case.of(X, weight, lora_B, t > 0)
-    spec = autograd.LinearSpec(c, t, blocks, select(backend, x.device.type, dtype, case))
-    with without_autocast(x.device):
-        Y = autograd.LoRALinear.apply(X, weight, lora_A, lora_B, bias, seed, spec)
-    return _unflatten(Y, x.shape[:-1])
+    bias = add_lora_bias(bias, lora_bias, scaling, blocks, x.dtype)
+    return for_input(lora_A, x.dtype), for_input(lora_B, x.dtype), bias, seed, c, t
 
 
 def lora_embedding(
@@ -211,10 +340,10 @@ def lora_embedding(
         IndexError: an index outside the table.
     """
     checks.embedding(index, weight, lora_A, lora_B, padding_idx)
-    checks.scaling(scaling)
+    checks.scaling("scaling", scaling)
     padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
     spec = autograd.EmbeddingSpec(scaling, padding, scale_grad_by_freq)
-    with without_autocast(weight.device):
+    with checks.without_autocast(weight.device):
         Y = autograd.LoRAEmbedding.apply(index.reshape(-1), weight, lora_A, lora_B, spec)
     return _unflatten(Y, index.shape)
 
@@ -348,9 +477,9 @@ def _conv(
     training: bool,
     seed: Tensor | None,
 ) -> Tensor:
-    checks.scaling(scaling)
+    checks.scaling("scaling", scaling)
     checks.probability("p", p)
-    checks.seed(seed, x.device)
+    checks.seed("seed", seed, x.device)
     checks.padding(geometry[1], geometry[4], geometry[0])
     dtype = compute_dtype(x)
     X = x.to(dtype) if x.dim() == weight.dim() else x.to(dtype).unsqueeze(0)
@@ -359,7 +488,7 @@ def _conv(
     if t and seed is None:
         seed = dropout.draw_seed(x.device)
     spec = autograd.ConvSpec(c, t, at)
-    with without_autocast(x.device):
+    with checks.without_autocast(x.device):
         Y = function.apply(
             X,
             weight,
@@ -416,13 +545,6 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     if checks.under_autocast(x.device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """A block in which autocast is off, also for devices that do not know it."""
-    if checks.under_autocast(device):
-        return torch.autocast(device.type, enabled=False)
-    return nullcontext()
 
 
 def for_input(factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -346,6 +346,30 @@ def test_layers_save_nothing_of_the_weights_size(kind, autocast):
         assert parameter.grad.dtype == torch.float32
 
 
+@each_backend
+@pytest.mark.parametrize("kind", [*KINDS, "conv", "embedding"])
+def test_backward_may_be_called_inside_of_autocast(kind):
+    """It gives the same bits there as outside, where it belongs."""
+    if kind in KINDS:
+        layer, x = make_layer(kind), torch.randn(33, 24, requires_grad=True)
+    elif kind == "conv":
+        layer = fastlora.Conv2d(4, 6, 3, r=4, lora_dropout=0.1)
+        x = torch.randn(2, 4, 9, 9, requires_grad=True)
+    else:
+        layer, x = fastlora.Embedding(30, 24, r=4), torch.randint(30, (33,))
+    for factor in layer.lora_parameters().values():
+        torch.nn.init.normal_(factor)
+    gradients = []
+    for inside in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            wanted = [t for t in (x, *layer.parameters()) if t.requires_grad]
+            gradients.append(torch.autograd.grad(y, wanted, torch.ones_like(y)))
+    assert all(map(torch.equal, *gradients))
+
+
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_no_wide_copy_of_a_16_bit_input(p, backend, monkeypatch):
     """But for Y and dX nothing is allocated of even a byte for each element of x."""

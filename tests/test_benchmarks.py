@@ -38,6 +38,27 @@ def test_layer_benchmark(terminal, size, tmp_path):
     assert "| fastlora |" in (tmp_path / "layer.md").read_text()
 
 
+SHARED = """
+from benchmarks import bench_shared
+
+bench_shared.QUICK_TOKENS, bench_shared.CPU_LAYERS = (64,), ((96, (96, 32, 32)),)
+bench_shared.main()
+"""
+
+
+def test_shared_benchmark(tmp_path):
+    command = [sys.executable, "-c", SHARED, "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "× apart" in result.stdout
+    rows = json.loads((tmp_path / "shared.json").read_text())["rows"]
+    assert {row["way"] for row in rows} == {"frozen linears", "a call for each", "one call"}
+    for p in (0.0, 0.1):
+        peak = {row["way"]: row["peak"] for row in rows if row["p"] == p}
+        assert 0 < peak["one call"] <= peak["a call for each"]
+    assert "| one call |" in (tmp_path / "shared.md").read_text()
+
+
 MERGE = """
 from benchmarks import bench_merge
 

@@ -18,6 +18,7 @@ from fastlora.functional import (
     lora_conv_dense,
     lora_embedding,
     lora_linear,
+    multi_lora_linear,
 )
 
 NAN, INF = float("nan"), float("inf")
@@ -49,6 +50,18 @@ def grouped(**changed):
         "enable_lora": [True, False, True],
     }
     return grouped_lora_linear(**{**given, **changed})
+
+
+def multi(**changed):
+    given = {
+        "x": ones(4, 6),
+        "weights": [ones(5, 6), ones(3, 6)],
+        "lora_A": [ones(2, 6), ones(4, 6)],
+        "lora_B": [ones(5, 2), ones(3, 4)],
+        "bias": [None, ones(3)],
+        "scaling": 1.0,
+    }
+    return multi_lora_linear(**{**given, **changed})
 
 
 def embedding(**changed):
@@ -143,6 +156,55 @@ CASES = [
     (linear, {"scaling": GRAD}, ValueError, "scaling", "requires_grad=True", "no gradient"),
     (linear, {"scaling": ones(2)}, ValueError, "scaling", "(2,)", "one element"),
     (linear, {"backend": "cuda"}, ValueError, "backend", "'cuda'", "reference, native, triton"),
+    # layers that share an input
+    (multi, {"weights": []}, ValueError, "weights", "0 elements", "one or more"),
+    (multi, {"weights": ones(2, 5, 6)}, TypeError, "weights", "Tensor", "list or tuple"),
+    (multi, {"lora_A": None}, TypeError, "lora_A", "NoneType", "list or tuple"),
+    (multi, {"lora_B": ones(5, 2)}, TypeError, "lora_B", "Tensor", "list or tuple"),
+    (multi, {"lora_A": [ones(2, 6)]}, ValueError, "lora_A", "1 elements", "2, one for each"),
+    (multi, {"bias": [None] * 3}, ValueError, "bias", "3 elements", "2, one for each"),
+    (multi, {"bias": ones(5)}, TypeError, "bias", "Tensor", "list or tuple"),
+    (multi, {"lora_bias": [ones(5)]}, ValueError, "lora_bias", "1 elements", "2, one for each"),
+    (multi, {"seeds": ones(1).long()}, TypeError, "seeds", "Tensor", "list or tuple"),
+    (multi, {"p": [0.1]}, ValueError, "p", "1 elements", "2, one for each"),
+    (multi, {"scaling": (1.0,) * 3}, ValueError, "scaling", "3 elements", "2, one for each"),
+    (multi, {"x": ones(4, 7)}, ValueError, "x", "(4, 7)", "(..., 6), in_features of weights[0]"),
+    (multi, {"x": None}, TypeError, "x", "NoneType", "Tensor"),
+    (
+        multi,
+        {"weights": [ones(5, 6), ones(6)]},
+        ValueError,
+        "weights[1]",
+        "(6,)",
+        "(out_features, in_features)",
+    ),
+    (
+        multi,
+        {"weights": [ones(5, 6), ones(3, 6).half()]},
+        TypeError,
+        "weights[1]",
+        "float16",
+        "float32",
+    ),
+    (
+        multi,
+        {"lora_A": [ones(2, 6), ones(3, 6)]},
+        ValueError,
+        "lora_A[1]",
+        "(3, 6)",
+        "(4, 6) (r=4 of lora_B[1]",
+    ),
+    (multi, {"lora_A": [None, ones(4, 6)]}, TypeError, "lora_A[0]", "NoneType", "Tensor"),
+    (multi, {"lora_B": [ones(5, 2), None]}, TypeError, "lora_B[1]", "NoneType", "Tensor"),
+    (multi, {"lora_B": [ones(4, 2), ones(3, 4)]}, ValueError, "lora_B[0]", "(4, 2)", "(5, 2)"),
+    (multi, {"bias": [None, ones(5)]}, ValueError, "bias[1]", "(5,)", "(3,)"),
+    (multi, {"lora_bias": [None, ones(5)]}, ValueError, "lora_bias[1]", "(5,)", "(3,)"),
+    (multi, {"scaling": [1.0, NAN]}, ValueError, "scaling[1]", "nan", "finite"),
+    (multi, {"scaling": None}, TypeError, "scaling", "None", "number"),
+    (multi, {"p": [0.1, 1.5]}, ValueError, "p[1]", "1.5", "[0, 1]"),
+    (multi, {"p": -0.1}, ValueError, "p", "-0.1", "[0, 1]"),
+    (multi, {"seeds": [None, ones(1).int()]}, ValueError, "seeds[1]", "int32", "int64"),
+    (multi, {"backend": "cuda"}, ValueError, "backend", "'cuda'", "reference, native, triton"),
     # blocks
     (grouped, {"enable_lora": []}, ValueError, "enable_lora", "empty", "one bool a block"),
     (grouped, {"enable_lora": [True] * 5}, ValueError, "enable_lora", "5 blocks", "divides"),
@@ -214,13 +276,13 @@ def test_message(case):
     with pytest.raises(kind) as raised:
         function(**changed)
     message = str(raised.value)
-    assert re.search(rf"\b{name}\b", message), message
+    assert re.search(rf"(?<!\w){re.escape(name)}(?!\w)", message), message
     assert got in message
     assert expected in message
 
 
 @pytest.mark.parametrize(
-    "function", [linear, grouped, embedding, conv, dense_conv, layer, merged_linear]
+    "function", [linear, grouped, multi, embedding, conv, dense_conv, layer, merged_linear]
 )
 def test_the_calls_above_are_right_but_for_what_is_changed(function):
     function()

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -295,6 +296,44 @@ def test_compiled_is_as_right_as_eager(dtype, backend):
     got = dict(zip(names, (y.detach(), *gradients), strict=True))
     plain, exact = testing.composition(inputs), testing.truth(inputs)
     testing.assert_no_worse(got, *({name: of[name] for name in got} for of in (plain, exact)))
+
+
+@each_backend
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_layers_that_share_an_input(dtypes, backend):
+    """Each is what it is alone, bit for bit, and the sum of their gradients of x as right."""
+    options = dict(zip(("dtype", "factor_dtype"), DTYPES[dtypes], strict=True), device="cuda")
+    sizes = ((512, 16, 0.1), (384, 8, 0.0), (128, 33, 0.5))
+    inputs = [
+        testing.make_inputs(777, 512, N, r, p=p, seed=i, **options)
+        for i, (N, r, p) in enumerate(sizes)
+    ]
+    inputs = [replace(i, x=inputs[0].x) for i in inputs]
+    x, *_ = leaves = [
+        t.requires_grad_()
+        for t in (inputs[0].x, *(t for i in inputs for t in (i.lora_A, i.lora_B)))
+    ]
+    lists = {"weights": "weight", "lora_A": "lora_A", "lora_B": "lora_B", "bias": "bias"}
+    lists |= {"scaling": "scaling", "p": "p", "seeds": "seed"}
+    together = fastlora.functional.multi_lora_linear(
+        x, **{name: [getattr(i, of) for i in inputs] for name, of in lists.items()}, backend=backend
+    )
+    apart = [
+        fastlora.functional.lora_linear(
+            x, **{of: getattr(i, of) for of in lists.values()}, backend=backend
+        )
+        for i in inputs
+    ]
+    results = []
+    for Y in (together, apart):
+        d_x, *gradients = torch.autograd.grad(Y, leaves, [i.grad for i in inputs])
+        results.append((d_x, [*Y, *gradients]))
+    (d_x, got), (_, expected) = results
+    assert same_bits(got, expected)
+    plain, exact = (
+        sum(of(i)["d_x"] for i in inputs) for of in (testing.composition, testing.truth)
+    )
+    testing.assert_no_worse({"d_x": d_x}, {"d_x": plain}, {"d_x": exact})
 
 
 @each_backend

@@ -1,10 +1,11 @@
 // What the operators of every device check of their tensors before anything is done.
 #pragma once
 
+#include <ATen/ATen.h>
 #include <ATen/core/List.h>
-#include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <vector>
 
 namespace fastlora {
 
@@ -99,6 +100,41 @@ inline void check_blocks(at::IntArrayRef splits, const c10::List<bool>& enabled,
   for (const int64_t n : splits)
     TORCH_CHECK_VALUE(n > 0 && n <= INT32_MAX && n % interleave == 0, "splits: got ", splits,
                       ", expected positive multiples of interleave=", interleave);
+}
+
+// ---- layers that share X ------------------------------------------------------------------------
+//
+// Lists have an element for each layer. One whose factors are of rank 0 is its base product alone.
+
+using Tensors = std::vector<Tensor>;
+using OptionalTensors = c10::List<optional<Tensor>>;
+
+template <class... Lists>
+void check_counts(size_t count, const Lists&... lists) {
+  TORCH_CHECK_VALUE(count && ((lists.size() == count) && ...), "layers: got lists of ", count, ", ",
+                    at::ArrayRef<size_t>({lists.size()...}),
+                    " elements, expected as many in each as there are layers");
+}
+
+inline const Tensor& given(const char* name, const optional<Tensor>& t) {
+  TORCH_CHECK_VALUE(t, name, ": got none, expected it for a gradient that is asked for");
+  return *t;
+}
+
+// that of a layer with one output block
+inline c10::List<bool> one_block() { return c10::List<bool>({true}); }
+
+inline int64_t rank(const Tensor& B) { return B.size(1); }
+
+// What takes the place of S, the mask and a gradient where there is none.
+inline Tensor no_S(const Tensor& X) {
+  return at::empty({X.size(0), 0}, X.options().dtype(accumulation_type(X)));
+}
+inline Tensor no_mask(const Tensor& X) {
+  return at::empty({0, mask_bytes(X.size(1))}, X.options().dtype(at::kByte));
+}
+inline Tensor no_gradient(const optional<Tensor>& factor, bool needed, const Tensor& B) {
+  return at::empty(needed && factor ? factor->sizes() : at::IntArrayRef{0}, B.options());
 }
 
 }  // namespace fastlora

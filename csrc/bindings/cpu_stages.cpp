@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "cpu.h"
@@ -29,6 +30,8 @@ namespace {
 
 // a multiple of every register tile's rows
 constexpr int64_t kRowStep = 8;
+// rows of X that layers in turn work on while they are in cache
+constexpr int64_t kSharedRows = 64;
 
 // `count` rows of t from `first` on
 Matrix rows_of(const Tensor& t, int64_t first, int64_t count) {
@@ -91,6 +94,10 @@ struct Parts {
   static void run_one(const optional<Stage>& stage, int64_t part, int64_t begin, int64_t end) {
     if (stage) stage->run(part, begin, end);
   }
+  template <class Stage>
+  static void run_one(const std::vector<Stage>& stages, int64_t part, int64_t begin, int64_t end) {
+    for (const Stage& stage : stages) run_one(stage, part, begin, end);
+  }
 };
 
 // Blocks of fastlora/blocks.py, spelled out
@@ -118,6 +125,9 @@ struct Layout {
     }
     N = pattern * interleave;
   }
+
+  // one block that is all of the output
+  explicit Layout(int64_t N) : Layout({N}, one_block(), 1) {}
 
   int64_t N = 0;
   Spans view() const { return {groups, spans.data(), int64_t(spans.size())}; }
@@ -302,38 +312,45 @@ struct GradShrink {
   int64_t R;
 };
 
-// Runs on columns, in the visit of GradShrink.
+// Runs on columns, in the visit of GradShrink: fills dX, or adds to it.
 struct GradInput {
-  GradInput(const Tensor& dY, const Tensor& W, const Tensor& dS, const Tensor& A,
+  GradInput(const Tensor& dX, bool add, const Tensor& dS, const Tensor& A,
             const optional<Tensor>& mask)
-      : dS(dS), mask(mask), R(A.size(0)) {
-    const Checks check("dY", dY, at::kCPU);
-    const int64_t M = dY.size(0), K = A.size(1);
-    check.operand("W", W, dY.size(1), K);
+      : dS(dS), mask(mask), dX(dX), add(add), R(A.size(0)) {
+    const Checks check("dX", dX, at::kCPU);
+    const int64_t M = dX.size(0), K = dX.size(1);
     check.sums("dS", dS, M, R);
     check.factor("A", A, R, K);
     check.mask(mask, M, K);
-    dX = at::empty({M, K}, dY.options());
     A_rows = pack_rows(A, dS.scalar_type());
   }
 
   void run(int64_t, int64_t begin, int64_t end) const {
-    stages_for(dX).grad_input(packed(dS), R, packed(A_rows, begin), mask_of(mask, begin),
+    stages_for(dX).grad_input(packed(dS), R, packed(A_rows, begin), mask_of(mask, begin), add,
                               columns_of(dX, begin, end - begin), 0, dX.size(0));
-  }
-
-  Tensor add_base(const Tensor& dY, const Tensor& W) {
-    // MKL's path for so few rows is up to 1.4 times less accurate (rms) when it adds in place
-    if (dX.size(0) < 4 && dX.scalar_type() == dS.scalar_type()) return dX.add_(dY.mm(W));
-    return dX.addmm_(dY, W);
   }
 
  private:
   const Tensor& dS;
   const optional<Tensor>& mask;
   Tensor dX, A_rows;
+  bool add;
   int64_t R;
 };
+
+Tensor empty_dX(const Tensor& dY, const Tensor& W) {
+  const Checks check("dY", dY, at::kCPU);
+  check.operand("W", W, dY.size(1), W.size(-1));
+  return at::empty({dY.size(0), W.size(1)}, dY.options());
+}
+
+void add_base(Tensor& dX, const Tensor& dY, const Tensor& W) {
+  // MKL's path for so few rows is up to 1.4 times less accurate (rms) when it adds in place
+  if (dX.size(0) < 4 && dX.scalar_type() == accumulation_type(dX))
+    dX.add_(dY.mm(W));
+  else
+    dX.addmm_(dY, W);
+}
 
 // ---- operators: one stage -----------------------------------------------------------------------
 
@@ -375,9 +392,11 @@ Tensor grad_shrink(const Tensor& dS, const Tensor& X, const optional<Tensor>& ma
 Tensor grad_input(const Tensor& dY, const Tensor& W, const optional<Tensor>& dS, const Tensor& A,
                   const optional<Tensor>& mask) {
   if (!dS) return dY.mm(W);
-  GradInput stage(dY, W, *dS, A, mask);
+  Tensor dX = empty_dX(dY, W);
+  const GradInput stage(dX, false, *dS, A, mask);
   Parts::of_columns(W.size(1), dY.size(0)).run(stage);
-  return stage.add_base(dY, W);
+  add_base(dX, dY, W);
+  return dX;
 }
 
 Tensor delta(const Tensor& A, const Tensor& B, double scaling, const optional<Tensor>& scale,
@@ -403,6 +422,26 @@ Tensor delta(const Tensor& A, const Tensor& B, double scaling, const optional<Te
 
 // ---- operators: one direction -------------------------------------------------------------------
 
+// Stays where it is made: what is in it refers to it.
+struct Forward {
+  const Layout layout;
+  const Shrink shrink;
+  Expand expand;
+
+  Forward(const Tensor& X, const Tensor& W, const optional<Tensor>& bias, const Tensor& A,
+          const Tensor& B, double c, const optional<Tensor>& scale, int64_t t,
+          const optional<Tensor>& seed, const Layout& layout)
+      : layout(layout),
+        shrink(X, A, c, scale, t, seed),
+        expand(X, W, bias, shrink.S, B, this->layout) {}
+  Forward(const Forward&) = delete;
+
+  void run(int64_t part, int64_t begin, int64_t end) const {
+    shrink.run(part, begin, end);
+    expand.run(part, begin, end);
+  }
+};
+
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& X, const Tensor& W,
                                            const optional<Tensor>& bias, const Tensor& A,
                                            const Tensor& B, double c, const optional<Tensor>& scale,
@@ -410,11 +449,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& X, const Tensor& W,
                                            at::IntArrayRef splits, const c10::List<bool>& enabled,
                                            int64_t interleave) {
   at::AutoDispatchBelowADInplaceOrView guard;
-  const Layout layout(splits, enabled, interleave);
-  const Shrink shrink(X, A, c, scale, t, seed);
-  Expand expand(X, W, bias, shrink.S, B, layout);
-  Parts::of_rows(X.size(0)).run(shrink, expand);
-  return {expand.add_base(X, W), shrink.S, shrink.mask};
+  Forward layer(X, W, bias, A, B, c, scale, t, seed, Layout(splits, enabled, interleave));
+  Parts::of_rows(X.size(0)).run(layer);
+  return {layer.expand.add_base(X, W), layer.shrink.S, layer.shrink.mask};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dY, const optional<Tensor>& X,
@@ -430,13 +467,88 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dY, const optional<Ten
   // its sums and packed factor are gone before anything else is allocated
   const auto [dS, dB] =
       grad_expand(dY, S, B, c, scale, splits, enabled, interleave, need_dX || need_dA, need_dB);
+  Tensor dX = need_dX ? empty_dX(dY, *W) : at::empty({0}, dY.options());
   optional<GradShrink> shrink;
   optional<GradInput> input;
   if (need_dA) shrink.emplace(dS, *X, mask, *A);
-  if (need_dX) input.emplace(dY, *W, dS, *A, mask);
+  if (need_dX) input.emplace(dX, false, dS, *A, mask);
   if (shrink || input) Parts::of_columns(A->size(1), dY.size(0)).run(shrink, input);
-  return {input ? input->add_base(dY, *W) : at::empty({0}, dY.options()),
-          shrink ? shrink->narrowed() : at::empty({0}, B.options()), dB};
+  if (need_dX) add_base(dX, dY, *W);
+  return {dX, shrink ? shrink->narrowed() : at::empty({0}, B.options()), dB};
+}
+
+// ---- operators: one direction of layers that share X --------------------------------------------
+
+struct ForwardAll {
+  std::vector<optional<Forward>> layers;
+
+  void run(int64_t part, int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; i += kSharedRows)
+      for (const auto& layer : layers)
+        if (layer) layer->run(part, i, std::min(end, i + kSharedRows));
+  }
+};
+
+std::tuple<Tensors, Tensors, Tensors> multi_forward(const Tensor& X, at::TensorList W,
+                                                    const OptionalTensors& bias, at::TensorList A,
+                                                    at::TensorList B, at::ArrayRef<double> c,
+                                                    const OptionalTensors& scale, at::IntArrayRef t,
+                                                    const OptionalTensors& seed) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const size_t count = W.size();
+  check_counts(count, bias, A, B, c, scale, t, seed);
+  ForwardAll all{std::vector<optional<Forward>>(count)};
+  for (size_t i = 0; i < count; ++i)
+    if (rank(B[i]))
+      all.layers[i].emplace(X, W[i], bias.get(i), A[i], B[i], c[i], scale.get(i), t[i], seed.get(i),
+                            Layout(W[i].size(0)));
+  Parts::of_rows(X.size(0)).run(all);
+  Tensors Y, S, mask;
+  for (size_t i = 0; i < count; ++i) {
+    auto& layer = all.layers[i];
+    Y.push_back(layer ? layer->expand.add_base(X, W[i]) : at::linear(X, W[i], bias.get(i)));
+    S.push_back(layer ? layer->shrink.S : no_S(X));
+    mask.push_back(layer ? layer->shrink.mask : no_mask(X));
+  }
+  return {Y, S, mask};
+}
+
+std::tuple<Tensor, Tensors, Tensors> multi_backward(
+    at::TensorList dY, const optional<Tensor>& X, const OptionalTensors& W,
+    const OptionalTensors& A, at::TensorList B, const OptionalTensors& S,
+    const OptionalTensors& mask, at::ArrayRef<double> c, const OptionalTensors& scale, bool need_dX,
+    const c10::List<bool>& need_dA, const c10::List<bool>& need_dB) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const size_t count = dY.size();
+  check_counts(count, W, A, B, S, mask, c, scale, need_dA, need_dB);
+  const auto weights = W.vec(), factors = A.vec(), masks = mask.vec();
+  Tensor dX = need_dX ? empty_dX(dY[0], given("W", weights[0])) : at::empty({0}, dY[0].options());
+  Tensors dS(count), dA(count), dB(count);
+  std::vector<optional<GradShrink>> shrinks(count);
+  std::vector<optional<GradInput>> inputs(count);
+  bool filled = false;
+  for (size_t i = 0; i < count; ++i) {
+    dA[i] = no_gradient(factors[i], need_dA.get(i), B[i]);
+    dB[i] = no_gradient(B[i], need_dB.get(i), B[i]);
+    if (!rank(B[i])) continue;
+    if (need_dX || need_dA.get(i) || need_dB.get(i))
+      std::tie(dS[i], dB[i]) =
+          grad_expand(dY[i], S.get(i), B[i], c[i], scale.get(i), {B[i].size(0)}, one_block(), 1,
+                      need_dX || need_dA.get(i), need_dB.get(i));
+    if (need_dA.get(i)) shrinks[i].emplace(dS[i], given("X", X), masks[i], given("A", factors[i]));
+    if (need_dX)
+      inputs[i].emplace(dX, std::exchange(filled, true), dS[i], given("A", factors[i]), masks[i]);
+  }
+  const int64_t K = need_dX ? dX.size(1) : X ? X->size(1) : 0;
+  Parts::of_columns(K, dY[0].size(0)).run(shrinks, inputs);
+  for (size_t i = 0; i < count; ++i) {
+    if (shrinks[i]) dA[i] = shrinks[i]->narrowed();
+    if (need_dX && std::exchange(filled, true))
+      add_base(dX, dY[i], given("W", weights[i]));
+    else if (need_dX)
+      at::mm_out(dX, dY[i], given("W", weights[i]));
+  }
+  return {dX, dA, dB};
 }
 
 }  // namespace
@@ -444,6 +556,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dY, const optional<Ten
 TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
   m.impl("forward", forward);
   m.impl("backward", backward);
+  m.impl("multi_forward", multi_forward);
+  m.impl("multi_backward", multi_backward);
   m.impl("shrink", shrink);
   m.impl("expand", expand);
   m.impl("grad_expand", grad_expand);

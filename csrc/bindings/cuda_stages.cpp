@@ -17,6 +17,15 @@ const uint8_t* data_of(const optional<Tensor>& mask) {
   return mask ? mask->data_ptr<uint8_t>() : nullptr;
 }
 
+// dX += dY W
+Tensor add_product(Tensor dX, const Tensor& dY, const Tensor& W) {
+#if defined(FASTLORA_EMULATED)
+  // the CPU's BLAS is less accurate for so few rows, see cpu_stages.cpp
+  if (dX.size(0) < 4 && dX.scalar_type() == at::kFloat) return dX.add_(dY.mm(W));
+#endif
+  return dX.addmm_(dY, W);
+}
+
 // c times scale, which is read where it is.
 struct Factor {
   Factor(double c, const optional<Tensor>& scale, at::Device device) : factor{float(c)} {
@@ -166,7 +175,7 @@ Tensor grad_input(const Tensor& dY, const Tensor& W, const optional<Tensor>& dS,
   at.check.operand("W", W, dY.size(1), A.size(1));
   Tensor dX = at.empty({dY.size(0), A.size(1)}, dY.scalar_type());
   grad_input_into(dX, at, *dS, A, mask);
-  return dX.addmm_(dY, W);
+  return add_product(dX, dY, W);
 }
 
 Tensor delta(const Tensor& A, const Tensor& B, double scaling, const optional<Tensor>& scale,
@@ -218,8 +227,63 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dY, const optional<Ten
   }
   if (need_dA) dA = grad_shrink_into(dX, at, dS, *X, mask, *A);
   if (need_dX && !need_dA) grad_input_into(dX, at, dS, *A, mask);
-  if (need_dX) dX.addmm_(dY, *W);
+  if (need_dX) add_product(dX, dY, *W);
   return {dX, dA, dB};
+}
+
+// ---- one direction of layers that share X -------------------------------------------------------
+
+std::tuple<Tensors, Tensors, Tensors> multi_forward(const Tensor& X, at::TensorList W,
+                                                    const OptionalTensors& bias, at::TensorList A,
+                                                    at::TensorList B, at::ArrayRef<double> c,
+                                                    const OptionalTensors& scale, at::IntArrayRef t,
+                                                    const OptionalTensors& seed) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const size_t count = W.size();
+  check_counts(count, bias, A, B, c, scale, t, seed);
+  Tensors Y(count), S(count), mask(count);
+  // X is read by one layer after the other, while it may be in cache; then come the base products
+  for (size_t i = 0; i < count; ++i)
+    std::tie(S[i], mask[i]) = rank(B[i]) ? shrink(X, A[i], c[i], scale.get(i), t[i], seed.get(i))
+                                         : std::tuple(no_S(X), no_mask(X));
+  for (size_t i = 0; i < count; ++i)
+    Y[i] = rank(B[i]) ? expand(X, W[i], bias.get(i), S[i], B[i], {B[i].size(0)}, one_block(), 1)
+                      : at::linear(X, W[i], bias.get(i));
+  return {Y, S, mask};
+}
+
+std::tuple<Tensor, Tensors, Tensors> multi_backward(
+    at::TensorList dY, const optional<Tensor>& X, const OptionalTensors& W,
+    const OptionalTensors& A, at::TensorList B, const OptionalTensors& S,
+    const OptionalTensors& mask, at::ArrayRef<double> c, const OptionalTensors& scale, bool need_dX,
+    const c10::List<bool>& need_dA, const c10::List<bool>& need_dB) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  const size_t count = dY.size();
+  check_counts(count, W, A, B, S, mask, c, scale, need_dA, need_dB);
+  const auto weights = W.vec(), factors = A.vec();
+  const Place at("multi_backward", "dY", dY[0]);
+  Tensor dX;
+  Tensors dA(count), dB(count);
+  for (size_t i = 0; i < count; ++i) {
+    dA[i] = no_gradient(factors[i], need_dA.get(i), B[i]);
+    dB[i] = no_gradient(B[i], need_dB.get(i), B[i]);
+    if (!rank(B[i]) || !(need_dX || need_dA.get(i) || need_dB.get(i))) continue;
+    Tensor dS, part = at.empty({0}, dY[i].scalar_type());
+    std::tie(dS, dB[i]) = grad_expand(dY[i], S.get(i), B[i], c[i], scale.get(i), {B[i].size(0)},
+                                      one_block(), 1, need_dX || need_dA.get(i), need_dB.get(i));
+    if (need_dX)
+      part = at.empty({dY[i].size(0), given("A", factors[i]).size(1)}, dY[i].scalar_type());
+    if (need_dA.get(i))
+      dA[i] = grad_shrink_into(part, at, dS, given("X", X), mask.get(i), given("A", factors[i]));
+    else if (need_dX)
+      grad_input_into(part, at, dS, given("A", factors[i]), mask.get(i));
+    if (need_dX) dX = dX.defined() ? dX.add_(part) : part;
+  }
+  for (size_t i = 0; need_dX && i < count; ++i) {
+    const Tensor& W_i = given("W", weights[i]);
+    dX = dX.defined() ? add_product(dX, dY[i], W_i) : dY[i].mm(W_i);
+  }
+  return {dX.defined() ? dX : at.empty({0}, dY[0].scalar_type()), dA, dB};
 }
 
 }  // namespace
@@ -227,6 +291,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dY, const optional<Ten
 TORCH_LIBRARY_IMPL(FASTLORA_NAMESPACE, FASTLORA_KEY, m) {
   m.impl("forward", forward);
   m.impl("backward", backward);
+  m.impl("multi_forward", multi_forward);
+  m.impl("multi_backward", multi_backward);
   m.impl("shrink", shrink);
   m.impl("expand", expand);
   m.impl("grad_expand", grad_expand);

@@ -130,20 +130,23 @@ inline void load_row(const Matrix& X, int64_t row, int64_t column, int64_t width
   }
 }
 
-// The opposite: masked, and rounded to nearest, ties to even.
+// The opposite: masked, added to what is there where `add` is set, and rounded to nearest, ties to
+// even.
 template <class T>
 inline void store_row(const Wide<T>* values, int64_t width, const uint8_t* mask, const Matrix& Y,
-                      int64_t row, int64_t column) {
+                      int64_t row, int64_t column, bool add = false) {
   using V = Vector<Wide<T>, lanes<Wide<T>>>;
   constexpr int n = lanes<Wide<T>>;
   T* p = static_cast<T*>(Y.data) + row * Y.row_stride + column * Y.col_stride;
   for (int64_t k = 0; k < width; k += n) {
     const V x = load<V>(values + k), kept = mask ? keep(x, mask, column + k) : x;
     if (Y.col_stride == 1 && k + n <= width)
-      store_narrow(p + k, kept);
+      store_narrow(p + k, add ? load_wide<V>(p + k) + kept : kept);
     else
-      for (int64_t i = 0; i < n && k + i < width; ++i)
-        p[(k + i) * Y.col_stride] = narrow<T>(kept[i]);
+      for (int64_t i = 0; i < n && k + i < width; ++i) {
+        T& y = p[(k + i) * Y.col_stride];
+        y = narrow<T>(add ? widen(y) + kept[i] : kept[i]);
+      }
   }
 }
 

@@ -72,9 +72,9 @@ struct Stages {
   void (*grad_shrink)(Packed dS, int64_t R, const Matrix& X, Mask mask, Packed dA, int64_t begin,
                       int64_t end);
 
-  // dX = m∘(dS A); the product with W is the caller's; A: (R, K)
-  void (*grad_input)(Packed dS, int64_t R, Packed A, Mask mask, const Matrix& dX, int64_t begin,
-                     int64_t end);
+  // dX = m∘(dS A), or dX += that where `add` is set; the product with W is the caller's; A: (R, K)
+  void (*grad_input)(Packed dS, int64_t R, Packed A, Mask mask, bool add, const Matrix& dX,
+                     int64_t begin, int64_t end);
 
   // out = sum of `count` parts that lie `distance` elements apart, or of their transposes;
   // [begin, end): rows of out

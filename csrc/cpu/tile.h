@@ -60,10 +60,11 @@ inline Tile<Wide<T>> tile_to_fill(const Matrix& Y, int64_t row, int64_t column, 
 
 template <class T>
 inline void store_tile(Tile<Wide<T>> filled, const Matrix& Y, int64_t row, int64_t rows,
-                       int64_t column, int64_t width, Mask mask) {
+                       int64_t column, int64_t width, Mask mask, bool add = false) {
   if (is_wide<T>(Y, width, mask)) return;
   for (int64_t i = 0; i < rows; ++i)
-    store_row<T>(filled.data + i * filled.stride, width, mask.row(row + i), Y, row + i, column);
+    store_row<T>(filled.data + i * filled.stride, width, mask.row(row + i), Y, row + i, column,
+                 add);
 }
 
 }  // namespace fastlora::FASTLORA_ISA

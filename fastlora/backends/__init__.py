@@ -5,7 +5,7 @@ A backend is a module of this folder.
 """
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
@@ -20,9 +20,10 @@ NAMES = ("reference", "native", "triton")
 
 
 class Backend(Protocol):
-    """The stages of a LoRA linear layer on 2-D tensors, and the two passes made of them.
+    """The stages of a LoRA linear layer on 2-D tensors, and the passes made of them.
 
-    See :mod:`fastlora.backends.reference` for shapes and dtypes, ``docs/math.md`` for the maths.
+    See :mod:`fastlora.backends.reference` for shapes and dtypes, :mod:`fastlora.backends.multi` for
+    those of layers that share X, ``docs/math.md`` for the maths.
 
     Attributes:
         name: One of :data:`NAMES`.
@@ -64,6 +65,33 @@ class Backend(Protocol):
         need_dA: bool,
         need_dB: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]: ...
+
+    def multi_forward(
+        self,
+        X: Tensor,
+        W: Sequence[Tensor],
+        bias: Sequence[Tensor | None],
+        A: Sequence[Tensor],
+        B: Sequence[Tensor],
+        c: Sequence[float | Tensor],
+        t: Sequence[int],
+        seed: Sequence[Tensor | None],
+    ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]: ...
+
+    def multi_backward(
+        self,
+        dY: Sequence[Tensor],
+        X: Tensor | None,
+        W: Sequence[Tensor | None],
+        A: Sequence[Tensor | None],
+        B: Sequence[Tensor],
+        S: Sequence[Tensor | None],
+        mask: Sequence[Tensor | None],
+        c: Sequence[float | Tensor],
+        need_dX: bool,
+        need_dA: Sequence[bool],
+        need_dB: Sequence[bool],
+    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]: ...
 
     def shrink(
         self, X: Tensor, A: Tensor, c: float | Tensor, t: int, seed: Tensor | None

@@ -5,7 +5,7 @@ stages are methods of :class:`Operators`, with the signatures of
 :mod:`fastlora.backends.reference`, which documents them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,11 @@ _SCHEMAS = {
     "backward": "(Tensor dY, Tensor? X, Tensor? W, Tensor? A, Tensor B, Tensor? S, Tensor? mask, "
     "float c, Tensor? scale, int[] splits, bool[] enabled, int interleave, bool need_dX, "
     "bool need_dA, bool need_dB) -> (Tensor dX, Tensor dA, Tensor dB)",
+    "multi_forward": "(Tensor X, Tensor[] W, Tensor?[] bias, Tensor[] A, Tensor[] B, float[] c, "
+    "Tensor?[] scale, int[] t, Tensor?[] seed) -> (Tensor[] Y, Tensor[] S, Tensor[] mask)",
+    "multi_backward": "(Tensor[] dY, Tensor? X, Tensor?[] W, Tensor?[] A, Tensor[] B, Tensor?[] S, "
+    "Tensor?[] mask, float[] c, Tensor?[] scale, bool need_dX, bool[] need_dA, bool[] need_dB) "
+    "-> (Tensor dX, Tensor[] dA, Tensor[] dB)",
     "shrink": "(Tensor X, Tensor A, float c, Tensor? scale, int t, Tensor? seed) "
     "-> (Tensor S, Tensor mask)",
     "expand": "(Tensor X, Tensor W, Tensor? bias, Tensor S, Tensor B, int[] splits, "
@@ -45,11 +50,11 @@ _SCHEMAS = {
 }
 
 
-def define(namespace: str) -> torch.library.Library:
-    """Defines the operators of a namespace, with their fake kernels; returns their library."""
+def define(namespace: str, names: Iterable[str] = _SCHEMAS) -> torch.library.Library:
+    """Defines operators of a namespace, with their fake kernels; returns their library."""
     library = torch.library.Library(namespace, "FRAGMENT")
-    for name, schema in _SCHEMAS.items():
-        library.define(name + schema)
+    for name in names:
+        library.define(name + _SCHEMAS[name])
         if fake := _FAKES.get(name):
             # the shapes, dtypes and strides of results, for torch.compile and torch.export
             torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
@@ -103,6 +108,41 @@ class Operators:
         )
         return dX if need_dX else None, dA if need_dA else None, dB if need_dB else None
 
+    def multi_forward(
+        self,
+        X: Tensor,
+        W: Sequence[Tensor],
+        bias: Sequence[Tensor | None],
+        A: Sequence[Tensor],
+        B: Sequence[Tensor],
+        c: Sequence[float | Tensor],
+        t: Sequence[int],
+        seed: Sequence[Tensor | None],
+    ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor | None]]:
+        """The forward pass of layers that share X, in one call."""
+        Y, S, mask = self._ops.multi_forward(X, W, bias, A, B, *_factors(c), t, seed)
+        return Y, S, [mask_i if t_i else None for mask_i, t_i in zip(mask, t, strict=True)]
+
+    def multi_backward(
+        self,
+        dY: Sequence[Tensor],
+        X: Tensor | None,
+        W: Sequence[Tensor | None],
+        A: Sequence[Tensor | None],
+        B: Sequence[Tensor],
+        S: Sequence[Tensor | None],
+        mask: Sequence[Tensor | None],
+        c: Sequence[float | Tensor],
+        need_dX: bool,
+        need_dA: Sequence[bool],
+        need_dB: Sequence[bool],
+    ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
+        """The backward pass of layers that share X, in one call."""
+        dX, dA, dB = self._ops.multi_backward(
+            dY, X, W, A, B, S, mask, *_factors(c), need_dX, need_dA, need_dB
+        )
+        return dX if need_dX else None, _needed(dA, need_dA), _needed(dB, need_dB)
+
     def shrink(
         self, X: Tensor, A: Tensor, c: float | Tensor, t: int, seed: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
@@ -145,6 +185,15 @@ def _factor(c: float | Tensor) -> tuple[float, Tensor | None]:
         # as an operator's number, each new scaling would be compiled anew
         c = torch.ones((), dtype=torch.float64) * c
     return (1.0, c) if isinstance(c, Tensor) else (c, None)
+
+
+def _factors(c: Sequence[float | Tensor]) -> tuple[list[float], list[Tensor | None]]:
+    numbers, scales = zip(*map(_factor, c), strict=True)
+    return list(numbers), list(scales)
+
+
+def _needed(gradients: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+    return [t if need else None for t, need in zip(gradients, needed, strict=True)]
 
 
 def _layout(blocks: Blocks) -> tuple[tuple[int, ...], tuple[bool, ...], int]:
@@ -222,9 +271,54 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         _fake_grad_input(dY, W) if need_dX and W is not None else dY.new_empty(0),
-        A.new_empty(A.shape) if need_dA and A is not None else B.new_empty(0),
-        B.new_empty(B.shape if need_dB else (0,)),
+        _fake_gradient(A, need_dA, B),
+        _fake_gradient(B, need_dB, B),
     )
+
+
+def _fake_multi_forward(
+    X: Tensor,
+    W: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    c: Sequence[float],
+    scale: Sequence[Tensor | None],
+    t: Sequence[int],
+    seed: Sequence[Tensor | None],
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    Y, S, mask = [], [], []
+    for W_i, A_i, t_i in zip(W, A, t, strict=True):
+        Y.append(_fake_expand(X, W_i))
+        S_i, mask_i = _fake_shrink(X, A_i, 1.0, None, t_i if len(A_i) else 0, None)
+        S.append(S_i)
+        mask.append(mask_i)
+    return Y, S, mask
+
+
+def _fake_multi_backward(
+    dY: Sequence[Tensor],
+    X: Tensor | None,
+    W: Sequence[Tensor | None],
+    A: Sequence[Tensor | None],
+    B: Sequence[Tensor],
+    S: Sequence[Tensor | None],
+    mask: Sequence[Tensor | None],
+    c: Sequence[float],
+    scale: Sequence[Tensor | None],
+    need_dX: bool,
+    need_dA: Sequence[bool],
+    need_dB: Sequence[bool],
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    return (
+        _fake_grad_input(dY[0], W[0]) if need_dX and W[0] is not None else dY[0].new_empty(0),
+        [_fake_gradient(A_i, need, B_i) for A_i, need, B_i in zip(A, need_dA, B, strict=True)],
+        [_fake_gradient(B_i, need, B_i) for B_i, need in zip(B, need_dB, strict=True)],
+    )
+
+
+def _fake_gradient(factor: Tensor | None, needed: bool, B: Tensor) -> Tensor:
+    return B.new_empty(0 if factor is None or not needed else factor.shape)
 
 
 def _fake_delta(
@@ -236,6 +330,8 @@ def _fake_delta(
 _FAKES: dict[str, Callable[..., Any]] = {
     "forward": _fake_forward,
     "backward": _fake_backward,
+    "multi_forward": _fake_multi_forward,
+    "multi_backward": _fake_multi_backward,
     "shrink": _fake_shrink,
     "expand": _fake_expand,
     "grad_expand": _fake_grad_expand,

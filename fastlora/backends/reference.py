@@ -8,13 +8,20 @@ nor a widened copy of X ever exists.
 Sizes: M tokens, K in_features, N out_features, R = G * r. See ``docs/math.md``.
 """
 
+import sys
 from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from fastlora import dropout
+from fastlora.backends import multi
 from fastlora.blocks import Blocks
+
+if TYPE_CHECKING:
+    from fastlora.backends import Backend
 
 name = "reference"
 dtypes = None
@@ -220,10 +227,7 @@ def grad_input(dY: Tensor, W: Tensor, dS: Tensor | None, A: Tensor, mask: Tensor
     dX = dY.new_empty(M, K)
     for rows in row_blocks(M, K, dY.device.type):
         dX[rows] = dropout.keep(dS[rows] @ A, _rows(mask, rows))
-    if M < 4 and dX.dtype == dS.dtype and not torch.compiler.is_compiling():
-        # MKL's path for so few rows is up to 1.4 times less accurate (rms) when it adds in place
-        return dX.add_(dY @ W)
-    return dX.addmm_(dY, W)
+    return multi.add_product(dX, dY, W)
 
 
 def delta(A: Tensor, B: Tensor, scaling: float | Tensor, blocks: Blocks) -> Tensor:
@@ -233,3 +237,8 @@ def delta(A: Tensor, B: Tensor, scaling: float | Tensor, blocks: Blocks) -> Tens
         out = blocks.output(dW, g)
         out.copy_((A_g.t() @ B_g.t()).mul_(scaling).view(out.shape))
     return dW.t()
+
+
+_stages = cast("Backend", sys.modules[__name__])
+multi_forward = partial(multi.forward, _stages)
+multi_backward = partial(multi.backward, _stages)

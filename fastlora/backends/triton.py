@@ -4,18 +4,20 @@ The kernels are those of ``fastlora.kernels``, which is imported at the first ca
 ``TRITON_INTERPRET=1`` set before that, Triton runs them on CPU tensors, for tests.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
+from fastlora.backends import multi
 from fastlora.backends.operators import FLOATS, Operators, define
 from fastlora.blocks import Blocks
 from fastlora.environment import variable
 
 if TYPE_CHECKING:
+    from fastlora.backends import Backend
     from fastlora.kernels.layout import Layout
 
 
@@ -197,19 +199,20 @@ for _answer in (why_not, why_not_alone):
     # as torch.compiler.assume_constant_result does, which would import Dynamo, and Triton with it
     _answer._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-_library = define("fastlora_triton")
-for _stage in (
-    _forward,
-    _backward,
-    _shrink,
-    _expand,
-    _grad_expand,
-    _grad_shrink,
-    _grad_input,
-    _delta,
-):
+_KERNELS = {
+    "forward": _forward,
+    "backward": _backward,
+    "shrink": _shrink,
+    "expand": _expand,
+    "grad_expand": _grad_expand,
+    "grad_shrink": _grad_shrink,
+    "grad_input": _grad_input,
+    "delta": _delta,
+}
+_library = define("fastlora_triton", _KERNELS)
+for _name, _kernel in _KERNELS.items():
     for _key in ("CUDA", "CPU"):
-        _library.impl(_stage.__name__.removeprefix("_"), _stage, _key)
+        _library.impl(_name, _kernel, _key)
 
 _operators = Operators("fastlora_triton")
 forward = _operators.forward
@@ -220,3 +223,5 @@ grad_expand = _operators.grad_expand
 grad_shrink = _operators.grad_shrink
 grad_input = _operators.grad_input
 delta = _operators.delta
+multi_forward = partial(multi.forward, cast("Backend", _operators))
+multi_backward = partial(multi.backward, cast("Backend", _operators))

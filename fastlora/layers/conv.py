@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from fastlora import functional
+from fastlora import checks, functional
 from fastlora.backends.reference import accumulation_dtype
 from fastlora.blocks import Blocks
 from fastlora.layers.base import META, LoRALayer, Options, active_dropout
@@ -151,7 +151,7 @@ class ConvLoRA(LoRALayer, nn.modules.conv._ConvNd):
         if self.factorization == "locon":
             return lora["lora_A"]
         wide = accumulation_dtype(lora["lora_A"].dtype)
-        with functional.without_autocast(lora["lora_A"].device):
+        with checks.without_autocast(lora["lora_A"].device):
             A = lora["lora_A"].to(wide).flatten(1).unflatten(0, (self.groups, self.r))
             mid = lora["lora_mid"].to(wide).flatten(2).unflatten(0, (self.groups, self.r))
             kernel = torch.einsum("gsrk,grc->gsck", mid, A)

@@ -99,7 +99,7 @@ class Mergeable(nn.Module):
         """
         self.check_factors(factors)
         scaling = self.scaling if scaling is None else scaling
-        checks.scaling(scaling)
+        checks.scaling("scaling", scaling)
         own = self.lora_parameters()
         with torch.no_grad():
             if self.merged:

@@ -540,9 +540,9 @@ def arguments(dtypes="fp32", M=5, t=6554):
     }
 
 
-PASSES = ("forward", "backward")
+PASSES = ("forward", "backward", "multi_forward", "multi_backward")
 STAGES = ("shrink", "expand", "grad_expand", "grad_shrink", "grad_input", "delta")
-each_operator = pytest.mark.parametrize("name", [*PASSES, *STAGES])
+each_operator = pytest.mark.parametrize("name", [*PASSES[:2], *STAGES])
 
 
 def takes(name, stages):
@@ -628,6 +628,79 @@ def test_operators_refuse_what_does_not_fit(name, stages):
             if (name, changed, kind) not in RIGHT:
                 accepted.append((changed, kind))
     assert not accepted, accepted
+
+
+# ---- the operators of layers that share X
+
+
+def of_layers(name, stages, dtypes="fp32", **changed):
+    """The operator, and its arguments by their names: of a layer, and of one without factors."""
+    operator, names = takes(name, stages)
+    one = operands(5, 12, 3, dtypes, Blocks.single(8), signs(), t=6554)
+    lists = {
+        **{key: [t, t] for key, t in tensors(one).items() if key != "X"},
+        "A": [one.A, one.A[:0]],
+        "B": [one.B, one.B[:, :0]],
+        "S": [one.S, None],
+        "mask": [one.mask, None],
+        "bias": [one.bias, None],
+        "c": [0.5, 0.5],
+        "scale": [None, torch.tensor(2.0)],
+        "t": [6554, 0],
+        "seed": [one.seed, None],
+        "need_dA": [True, False],
+        "need_dB": [True, False],
+    }
+    given = {"X": one.X, **lists, "need_dX": True, **changed}
+    return operator, {key: given[key] for key in names}
+
+
+each_pass_of_layers = pytest.mark.parametrize("name", ["multi_forward", "multi_backward"])
+
+
+@each_pass_of_layers
+@pytest.mark.parametrize(
+    ("dtypes", "changed"),
+    [
+        ("fp32", {}),
+        ("fp64", {"scale": [torch.tensor(0.5), None], "need_dX": False}),
+        ("bf16 under fp32", {"need_dA": [False, False], "mask": [None, None], "X": None}),
+        ("fp16", {"need_dB": [False, True], "S": [None, None], "t": [0, 0]}),
+    ],
+)
+def test_opcheck_of_layers(name, dtypes, changed, stages):
+    changed = {key: of for key, of in changed.items() if name == "multi_backward" or of is not None}
+    operator, given = of_layers(name, stages, dtypes, **changed)
+    torch.library.opcheck(operator, tuple(given.values()))
+
+
+@each_pass_of_layers
+def test_operators_of_layers_refuse_what_does_not_fit(name, stages):
+    operator, given = of_layers(name, stages)
+    accepted = []
+
+    def attempt(changed, kind, value):
+        try:
+            operator(*(given | {changed: value}).values())
+        except (ValueError, TypeError, RuntimeError, IndexError):
+            return
+        accepted.append((changed, kind))
+
+    for changed, of in given.items():
+        if isinstance(of, list):
+            for count in (0, 1, 3):
+                attempt(changed, f"{count} elements", (2 * of)[:count])
+        first = of[0] if isinstance(of, list) else of
+        if isinstance(first, torch.Tensor) and changed != "seed":
+            kinds = WRONG_TENSORS | (WRONG_SUMS if changed in ("S", "mask") else {})
+            for kind, change in kinds.items():
+                wrong = change(first)
+                attempt(changed, kind, [wrong, of[1]] if isinstance(of, list) else wrong)
+        if changed in ("X", "W", "A", "S", "seed"):
+            attempt(changed, "none", [None, of[1]] if isinstance(of, list) else None)
+    # any number of rows of X makes as many of Y
+    expected = [("X", "taller")] if name == "multi_forward" else []
+    assert accepted == expected
 
 
 OVERFLOWS = """

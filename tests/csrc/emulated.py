@@ -32,6 +32,7 @@ name = "emulated"
 dtypes = {"cpu": FLOATS}
 operators = Operators("fastlora_emulated")
 forward, backward = operators.forward, operators.backward
+multi_forward, multi_backward = operators.multi_forward, operators.multi_backward
 shrink, expand, delta = operators.shrink, operators.expand, operators.delta
 grad_expand = operators.grad_expand
 grad_shrink, grad_input = operators.grad_shrink, operators.grad_input

@@ -431,14 +431,16 @@ void test_grad_input(const Stages& stages, Dtype dtype, const Case& of, Layout l
   Grid dS(wide(dtype), M, r, kGaps), A = zero_padded(wide(dtype), r, K), dX(dtype, M, K, layout);
   if (M) dS.fill_with_integers();
   Drawn drawn(M, K, t, N);
-  in_parts(M, [&, r = r](int64_t begin, int64_t end) {
-    stages.grad_input(dS.packed(), r, A.packed(), drawn.mask(), dX.view(), begin, end);
-  });
-  dX.check([&, r = r](int64_t i, int64_t k) {
-    double sum = 0;
-    for (int64_t l = 0; l < r; ++l) sum += dS.at(i, l) * A.at(l, k);
-    return drawn.keeps(i, k) ? sum : 0;
-  });
+  for (const int times : {1, 2}) {
+    in_parts(M, [&, r = r](int64_t begin, int64_t end) {
+      stages.grad_input(dS.packed(), r, A.packed(), drawn.mask(), times > 1, dX.view(), begin, end);
+    });
+    dX.check([&, r = r](int64_t i, int64_t k) {
+      double sum = 0;
+      for (int64_t l = 0; l < r; ++l) sum += dS.at(i, l) * A.at(l, k);
+      return drawn.keeps(i, k) ? times * sum : 0;
+    });
+  }
 }
 
 void test_add_parts(const Stages& stages, Dtype dtype, const Case& of, Layout layout) {
