@@ -384,9 +384,6 @@ def test_no_wide_copy_of_a_16_bit_input(p, backend, monkeypatch):
     allocated = Counter(event.self_cpu_memory_usage for event in profiled.events())
     Y, dX = 2 * M * N, 2 * M * K
     assert allocated.pop(Y) == allocated.pop(dX) == 1
-    if backend == "emulated":
-        # the sums of dA in parts, many of them as these few rows are to fill a GPU
-        assert allocated.pop(M * K) == 2
     assert 0 < max(allocated) < M * K
 
 
