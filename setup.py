@@ -135,8 +135,9 @@ def add_cuda(module, folder):
 
 
 def give_up(reason):
-    if MODE == "1":
-        raise SystemExit(f"fastlora: FASTLORA_BUILD=1, but the extension cannot be built: {reason}")
+    for name, mode in (("FASTLORA_BUILD", MODE), ("FASTLORA_CUDA", CUDA_MODE)):
+        if mode == "1":
+            raise SystemExit(f"fastlora: {name}=1, but the extension cannot be built: {reason}")
     print(f"fastlora: installing without the C++ extension: {reason}")
 
 

@@ -79,6 +79,7 @@ def render(report: dict[str, Any]) -> str:
             },
             **({"cuda": cuda["reason"]} if cuda["reason"] else {}),
             "extension": extension["reason"] or str(extension["build_info"]),
+            "CUDA kernels": extension["cuda_obstacle"] or "ready",
         },
         "backends": {name: reason or "usable" for name, reason in report["backends"].items()},
         "tables": {
@@ -165,7 +166,9 @@ def _extension() -> dict[str, Any]:
         module = importlib.import_module("fastlora._C")
     except ModuleNotFoundError as error:
         reason = "not built" if error.name == "fastlora._C" else str(error)
-        return {"build_info": None, "reason": reason}
+        return {"build_info": None, "reason": reason, "cuda_obstacle": reason}
     except ImportError as error:
-        return {"build_info": None, "reason": str(error)}
-    return {"build_info": module.build_info(), "reason": None}
+        return {"build_info": None, "reason": str(error), "cuda_obstacle": str(error)}
+    build_info = module.build_info()
+    obstacle = module.cuda_obstacle() if build_info["cuda"] else "not built"
+    return {"build_info": build_info, "reason": None, "cuda_obstacle": obstacle}

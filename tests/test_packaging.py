@@ -213,6 +213,12 @@ def test_without_a_compiler(with_sources, mode):
         assert not has_extension(with_sources.parent)
 
 
+def test_demanded_kernels_without_the_extension_fail(without_sources):
+    result = build(without_sources, "wheel", "0", check=False, FASTLORA_CUDA="1")
+    assert result.returncode != 0
+    assert "FASTLORA_CUDA=1, but the extension cannot be built: FASTLORA_BUILD=0" in result.stderr
+
+
 def test_an_unknown_mode_fails(without_sources):
     result = build(without_sources, "wheel", "yes", check=False)
     assert result.returncode != 0

@@ -44,8 +44,9 @@ class Place {
  public:
   Place(const char* stage, const char* name, const Tensor& t)
       : check(name, t, kDevice), stage(stage), guard(t.device()) {
-    TORCH_CHECK_TYPE(check.wide == at::kFloat && at::isFloatingType(check.dtype), name, ": got ",
-                     check.dtype, ", expected Float, BFloat16 or Half");
+    TORCH_CHECK_TYPE(
+        check.dtype == at::kFloat || check.dtype == at::kBFloat16 || check.dtype == at::kHalf, name,
+        ": got ", check.dtype, ", expected Float, BFloat16 or Half");
     check_launch(stage, cuda::set_device(t.device().index()));
     stream = current_stream(t.device());
   }

@@ -139,6 +139,8 @@ def available(device: str | None = None) -> dict[str, str | None]:
     if device is not None:
         for name, reason in found.items():
             found[name] = reason or _no_kernels(_BACKENDS[name], device)
+        if device == "cuda" and not found["native"]:
+            found["native"] = native.cuda_obstacle()
     return found
 
 

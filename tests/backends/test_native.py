@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from fastlora import dropout, testing
+from fastlora import backends, dropout, testing
 from fastlora.backends import native, reference
 from fastlora.blocks import Blocks
 
@@ -457,7 +457,7 @@ import sys
 import torch
 
 import fastlora
-from fastlora import dropout, testing
+from fastlora import backends, dropout, testing
 from fastlora.backends import native
 
 assert native._C.build_info()["instruction_set"] == sys.argv[1]
@@ -513,6 +513,7 @@ def test_the_cuda_kernels_are_there_and_say_what_is_missing():
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastlora::{name}", "CUDA"), name
     assert native._C.build_info()["cuda"]["architectures"] in native.description()
     obstacle = native.cuda_obstacle()
+    assert backends.available("cuda")["native"] == obstacle
     if torch.cuda.is_available():
         assert obstacle is None
     else:
