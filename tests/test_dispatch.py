@@ -160,6 +160,7 @@ def test_no_device_no_table():
     assert chosen(device="meta") == "reference"
 
 
+@pytest.mark.filterwarnings("ignore:fastlora runs in plain PyTorch")
 def test_a_gpu_takes_what_was_measured_on_it_and_nothing_else(monkeypatch):
     """Also Triton where its tiles were not measured, but the whole layer was."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -508,3 +509,24 @@ def test_why_by_name():
     with fastlora.use_backend("reference"):
         assert backends.why("auto", "cpu", F32, SHAPE) == "by name"
     assert "no other path" in fastlora.explain(fastlora.Embedding(3, 4, r=2))
+
+
+# ---- no table of a GPU
+
+
+def test_the_plain_path_on_a_gpu_is_said_once(monkeypatch):
+    monkeypatch.setattr(triton, "why_not", lambda: None)
+    monkeypatch.setattr(triton, "why_not_alone", lambda: "its kernels were not measured on it yet")
+    backends._warn_of_the_plain_path.cache_clear()
+    with pytest.warns(UserWarning, match=r"plain PyTorch .*triton.*`fastlora tune`"):
+        assert backends.select("auto", "cuda").name == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.select("auto", "cuda").name == "reference"
+        # by name, where there are no kernels at all, and on a CPU there is nothing to be said
+        backends._warn_of_the_plain_path.cache_clear()
+        assert backends.select("triton", "cuda").name == "triton"
+        assert backends.select("auto", "cuda", torch.float64).name == "reference"
+        backends.select("auto", "cpu")
+    monkeypatch.setattr(triton, "why_not_alone", lambda: None)
+    assert backends.select("auto", "cuda").name == "triton"

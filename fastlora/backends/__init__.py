@@ -5,8 +5,10 @@ A backend is a module of this folder.
 """
 
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, Protocol, cast
 
 import torch
@@ -168,7 +170,7 @@ def select(
     if name == "auto":
         name = _requested.name
     if name == "auto":
-        name = _best(device, dtype) if case is None else _choice(device, dtype, case[:])
+        name = _choice(device, dtype, None if case is None else case[:])
     backend = _named(name)
     if reason := _no_kernels(backend, device):
         raise ValueError(f"backend: {name!r} {reason}")
@@ -224,15 +226,29 @@ def why(name: str, device: str, dtype: torch.dtype, case: dispatch.Case) -> str:
     return f"{reason}; {fastest} is not faster than {chosen} by {dispatch.MARGIN:.0%}"
 
 
-def _choice(device: str, dtype: torch.dtype, case: tuple[Any, ...]) -> str:
+def _choice(device: str, dtype: torch.dtype, case: tuple[Any, ...] | None) -> str:
     safe = _best(device, dtype)
-    better = dispatch.better(safe, device, case)
-    return next((name for name in better if _usable(name, device, dtype)), safe)
+    better = () if case is None else dispatch.better(safe, device, case)
+    name = next((name for name in better if _usable(name, device, dtype)), safe)
+    if (name, device) == ("reference", "cuda") and not dispatch.rows(device):
+        _warn_of_the_plain_path(*(other for other in NAMES[1:] if _usable(other, device, dtype)))
+    return name
 
 
 # to torch.compile a constant, like the backends' own answers; a named tuple gets to such a function
 # as another than it was (torch 2.13), a plain one as it is
 _choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@lru_cache
+def _warn_of_the_plain_path(*others: str) -> None:
+    if others:
+        warnings.warn(
+            f"fastlora runs in plain PyTorch on this device, as its kernels ({', '.join(others)}) "
+            "were not measured here yet. `fastlora tune` checks and measures them, whereupon the "
+            "fastest are taken; backend= or fastlora.use_backend() takes them now.",
+            stacklevel=2,
+        )
 
 
 def _usable(name: str, device: str, dtype: torch.dtype) -> bool:
@@ -245,7 +261,7 @@ def _best(device: str, dtype: torch.dtype) -> str:
     """The safe choice: what is never slower than plain PyTorch, for all that is known."""
     if device == "cpu" and native.why_not() is None:
         return "native"
-    usable = device == "cuda" and dtype in triton.dtypes["cuda"] and triton.why_not() is None
+    usable = device == "cuda" and _usable("triton", device, dtype)
     return "triton" if usable and passed_over("triton", device) is None else "reference"
 
 

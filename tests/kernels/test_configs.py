@@ -75,11 +75,13 @@ def test_an_architecture_without_a_table_takes_one_of_its_family(architecture, e
     assert configs.table(architecture) == configs.table(expected)
 
 
+@pytest.mark.filterwarnings("ignore:fastlora runs in plain PyTorch")
 @pytest.mark.parametrize("measured", [True, False])
 def test_auto_takes_triton_on_a_gpu_that_it_was_measured_on(measured, monkeypatch):
     table = replace(configs.table("sm_90"), measured=measured)
     monkeypatch.setattr(configs, "table", lambda architecture: table)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
     for architecture, expected in (("sm_90", measured), ("sm_86", False)):
         monkeypatch.setattr(backend, "_architecture", lambda name=architecture: name)
         chosen = "triton" if expected else "reference"
