@@ -1,12 +1,18 @@
 // The extension's shell: what it says of itself.
 
-#include <ATen/Version.h>
-#include <torch/extension.h>
+// Python's part of torch's headers, which take long to compile, is not needed for that.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/version.h>
 
-#include "cpu.h"
+#include "cpu/kernels.h"
 #if defined(FASTLORA_CUDA)
 #include "fastlora/stages.h"
 #endif
+
+namespace fastlora {
+const Kernels& kernels();
+}
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   namespace py = pybind11;
