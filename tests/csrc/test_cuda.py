@@ -181,12 +181,13 @@ def test_the_objects_link_and_load_without_a_gpu(build):
 
 
 def test_nothing_is_kept_in_local_memory(build):
-    """But a few registers of one kernel on one architecture, where it is not tuned."""
+    """But a few registers of two kernels on one architecture, where they are not tuned."""
+    few = {("shrink", 64): 24, ("grad_shrink", 16): 8} if build.architecture == "sm_100" else {}
     for kernel in build.kernels:
-        if (build.architecture, kernel.name, kernel.ranks) == ("sm_100", "shrink", 64):
-            assert kernel.local <= 24
+        allowed = few.get((kernel.name, kernel.ranks), 0)
+        assert kernel.local <= allowed, kernel.name
+        if allowed:
             continue
-        assert kernel.local == 0, kernel.name
         assert not {"LDL", "STL"} & kernel.counts().keys(), kernel.name
 
 
