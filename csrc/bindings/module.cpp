@@ -1,6 +1,5 @@
-// The extension's shell: what it says of itself.
-
-// Python's part of torch's headers, which take long to compile, is not needed for that.
+// The extension's shell: what it says of itself. It needs none of torch's large headers, which take
+// long to compile.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/version.h>

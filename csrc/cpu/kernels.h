@@ -1,4 +1,4 @@
-// The stages of a LoRA linear layer on a CPU: what bindings.cpp calls. No torch header here or
+// The stages of a LoRA linear layer on a CPU: what csrc/bindings calls. No torch header here or
 // below.
 //
 // Every function works on a range of rows, so that the caller decides about threads. Sizes as in
