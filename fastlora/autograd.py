@@ -5,6 +5,7 @@ weight's size but the weight.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -32,10 +33,18 @@ def once_differentiable(backward: Backward) -> Backward:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("create_graph=True: LoRA layers can be differentiated only once")
         device = next((t.device for t in dY if t is not None), torch.device("cpu"))
-        with checks.without_autocast(device):
+        with _without_autocast(device):
             return backward(ctx, *dY)
 
     return checked
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    if torch.compiler.is_compiling() and torch.amp.is_autocast_available(device.type):
+        # Dynamo traces this where forward has put autocast out, but what it traces runs where
+        # forward was called
+        return torch.autocast(device.type, enabled=False)
+    return checks.without_autocast(device)
 
 
 @dataclass(frozen=True)
@@ -190,6 +199,9 @@ def _where(tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> Iterator
 
 def _dense(dY: Tensor) -> Tensor:
     """Itself, but for the gradient of a sum, of which each product would make its own copy."""
+    if torch.compiler.is_compiling():
+        # Dynamo, asked for strides it does not know yet, would make every dY contiguous
+        return dY
     return dY.contiguous() if 0 in dY.stride() else dY
 
 
@@ -347,6 +359,23 @@ class DenseLoRAConv(torch.autograd.Function):
         if need_W:
             dW = reference_conv.conv_weight_grad(dY, X, W.shape, at)
         return dX, dW, dA, dB, _channel_sum(dY) if need_bias else None, None, None
+
+
+class TuckerKernel(torch.autograd.Function):
+    """``D[g, s, c, k] = Σᵣ mid[g, s, r, k] A[g, r, c]``: two kernels as one, in each group."""
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor, mid: Tensor) -> Tensor:
+        ctx.save_for_backward(A, mid)
+        return torch.einsum("gsrk,grc->gsck", mid, A)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dD: Tensor) -> tuple[Tensor | None, ...]:
+        A, mid = ctx.saved_tensors
+        need_A, need_mid = ctx.needs_input_grad
+        dA = torch.einsum("gsrk,gsck->grc", mid, dD) if need_A else None
+        return dA, torch.einsum("gsck,grc->gsrk", dD, A) if need_mid else None
 
 
 def _dense_delta(A: Tensor, B: Tensor, c: float | Tensor, shape: torch.Size) -> Tensor:

@@ -482,15 +482,16 @@ def _conv(
     checks.seed("seed", seed, x.device)
     checks.padding(geometry[1], geometry[4], geometry[0])
     dtype = compute_dtype(x)
-    X = x.to(dtype) if x.dim() == weight.dim() else x.to(dtype).unsqueeze(0)
-    X, at = _pad(X, weight.shape[2:], *geometry)
     c, t = dropout_factors(scaling, p, training)
     if t and seed is None:
         seed = dropout.draw_seed(x.device)
-    spec = autograd.ConvSpec(c, t, at)
     with checks.without_autocast(x.device):
+        # in the dtype of x, in which the gradients of an element and its copies are then summed
+        X = x if x.dim() == weight.dim() else x.unsqueeze(0)
+        X, at = _pad(X, weight.shape[2:], *geometry)
+        spec = autograd.ConvSpec(c, t, at)
         Y = function.apply(
-            X,
+            X.to(dtype),
             weight,
             for_input(lora_A, dtype),
             for_input(lora_B, dtype),

@@ -15,6 +15,7 @@ import fastlora
 from fastlora import backends, dropout, functional
 from fastlora.backends import native, reference
 from fastlora.blocks import Blocks
+from fastlora.layers.conv import FACTORIZATIONS
 from fastlora.testing import make_inputs
 
 NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
@@ -347,13 +348,13 @@ def test_layers_save_nothing_of_the_weights_size(kind, autocast):
 
 
 @each_backend
-@pytest.mark.parametrize("kind", [*KINDS, "conv", "embedding"])
+@pytest.mark.parametrize("kind", [*KINDS, *FACTORIZATIONS, "embedding"])
 def test_backward_may_be_called_inside_of_autocast(kind):
     """It gives the same bits there as outside, where it belongs."""
     if kind in KINDS:
         layer, x = make_layer(kind), torch.randn(33, 24, requires_grad=True)
-    elif kind == "conv":
-        layer = fastlora.Conv2d(4, 6, 3, r=4, lora_dropout=0.1)
+    elif kind in FACTORIZATIONS:
+        layer = fastlora.Conv2d(4, 6, 3, r=4, lora_dropout=0.1, factorization=kind)
         x = torch.randn(2, 4, 9, 9, requires_grad=True)
     else:
         layer, x = fastlora.Embedding(30, 24, r=4), torch.randint(30, (33,))

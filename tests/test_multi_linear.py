@@ -479,6 +479,23 @@ def test_compile(used, backend):
 
 
 @each_backend
+@pytest.mark.parametrize("backend_name", ["reference"], indirect=True)
+def test_compile_within_autocast():
+    """The backward is traced under autocast, too, and computes as that of eager all the same."""
+    torch._dynamo.reset()
+    layers = Layers(layers=QKV)
+    results = []
+    for call in (torch.compile(layers.together, backend="aot_eager"), layers.together):
+
+        def within_autocast(x, call=call):
+            with torch.autocast("cpu", torch.bfloat16):
+                return call(x)
+
+        results.append(layers.run(within_autocast))
+    assert_same(*results)
+
+
+@each_backend
 @pytest.mark.parametrize("backend_name", ["native"], indirect=True)
 def test_compile_for_any_batch():
     torch._dynamo.reset()

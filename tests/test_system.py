@@ -216,6 +216,24 @@ def test_compile_under_autocast(autocast):
     assert_same(step(compiled, layer, x), step(function, layer, x))
 
 
+@pytest.mark.parametrize("path", ["reference", "native"], indirect=True)
+def test_compile_within_autocast(case, path):
+    """Its backward is traced under autocast, too, and computes as that of eager all the same."""
+    layer, _, make_input = case
+    x = make_input(5)
+
+    def within_autocast(function):
+        def call(*args):
+            with torch.autocast("cpu", torch.bfloat16):
+                return function(*args)
+
+        return call
+
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    got, expected = (step(within_autocast(f), layer, x) for f in (compiled, layer))
+    assert_same(got, expected)
+
+
 def test_compile_with_checkpointing():
     torch._dynamo.reset()
     layer, x = fastlora.Linear(12, 8, **OPTIONS), torch.randn(5, 12)

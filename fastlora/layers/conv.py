@@ -4,11 +4,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from fastlora import checks, functional
+from fastlora import autograd, checks, functional
 from fastlora.backends.reference import accumulation_dtype
 from fastlora.blocks import Blocks
 from fastlora.layers.base import META, LoRALayer, Options, active_dropout
@@ -154,7 +153,7 @@ class ConvLoRA(LoRALayer, nn.modules.conv._ConvNd):
         with checks.without_autocast(lora["lora_A"].device):
             A = lora["lora_A"].to(wide).flatten(1).unflatten(0, (self.groups, self.r))
             mid = lora["lora_mid"].to(wide).flatten(2).unflatten(0, (self.groups, self.r))
-            kernel = torch.einsum("gsrk,grc->gsck", mid, A)
+            kernel = autograd.TuckerKernel.apply(A, mid)
         return kernel.reshape(self.groups * self.r, -1, *self.kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:

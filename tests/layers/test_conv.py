@@ -247,6 +247,23 @@ def test_narrow_dtypes(p, dtype, factorization):
 
 
 @factorizations
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_autocast(dims, mode, dtype, factorization):
+    """In the dtypes of the plain layer, in every padding mode."""
+    layer = build(dims, 3, factorization, torch.float32, padding=1, padding_mode=mode)
+    nn.init.zeros_(layer.lora_B)
+    plain = plain_like(layer, layer.weight, layer.bias)
+    x = torch.randn(2, 4, *SIZES[dims], requires_grad=True)
+    with torch.autocast("cpu", dtype):
+        got, expected = layer(x), plain(x)
+    assert got.dtype == dtype and torch.equal(got, expected)
+    gradients = [torch.autograd.grad(y.float().square().sum(), x)[0] for y in (got, expected)]
+    assert gradients[0].dtype == torch.float32 and torch.equal(*gradients)
+
+
+@factorizations
 def test_an_empty_batch(factorization):
     layer = build(2, 3, factorization, padding=1, lora_dropout=0.5)
     x = torch.randn(0, 4, 6, 7, dtype=torch.double, requires_grad=True)
