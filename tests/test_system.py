@@ -1,6 +1,7 @@
 """The layers inside PyTorch's machinery: compilers, checkpointing, processes, scaling, copies."""
 
 import copy
+import pickle
 import subprocess
 import sys
 
@@ -95,6 +96,10 @@ def step(call, module, x):
     return {"y": y.detach(), "x": x.grad, **grads}
 
 
+def by_pickle(module):
+    return pickle.loads(pickle.dumps(module))
+
+
 def outputs(x, *calls):
     """Of each, with the same dropout."""
     for call in calls:
@@ -107,6 +112,66 @@ def assert_same(got, expected):
     for name, t in expected.items():
         assert (got[name] is None) == (t is None), name
         assert t is None or torch.equal(got[name], t), name
+
+
+# ---- torch's fused paths, which read weights and call no layer
+
+HOWS = ["inject", "by hand", "by hand in eval mode"]
+
+
+def encoder_layer(how, options):
+    """An encoder layer in eval mode, whose linear layers are replaced."""
+    model = nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True)
+    options = {"r": 3, "init_lora_weights": False, **options}
+    if how == "inject":
+        fastlora.inject(model, ["linear1", "linear2"], **options)
+    else:
+        model.train(how == "by hand")
+        model.linear1, model.linear2 = (fastlora.Linear(8, 8, **options) for _ in range(2))
+    return model if how == "by hand in eval mode" else model.eval()
+
+
+@pytest.mark.parametrize("copied", [lambda m: m, copy.deepcopy, by_pickle])
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize(
+    "options", [{}, {"merge_weights": False}, {"lora_bias": True}, {"fan_in_fan_out": True}]
+)
+def test_fused_paths_pass_no_update_by(options, how, copied, monkeypatch):
+    """They are taken where weight and bias are all that a layer is, and nowhere else."""
+    if how == "inject" and "fan_in_fan_out" in options:
+        pytest.skip("torch has no layer with such a weight")
+    model, calls = copied(encoder_layer(how, options)), []
+    forward = fastlora.Linear.forward
+    monkeypatch.setattr(
+        fastlora.Linear, "forward", lambda self, x: calls.append(self) or forward(self, x)
+    )
+    called = [model.linear1, model.linear2]
+    with torch.no_grad():
+        model(torch.randn(2, 3, 8))
+        assert calls == ([] if not options and how != HOWS[2] else called)
+        calls.clear()
+        with fastlora.merged(model):
+            model(torch.randn(2, 3, 8))
+        assert calls == ([] if "merge_weights" in options or not options else called)
+        calls.clear()
+        for layer in called:
+            layer.unmerge()
+        model(torch.randn(2, 3, 8))
+        assert calls == called
+
+
+@pytest.mark.parametrize("merge_weights", [True, False])
+def test_a_compiled_fused_path_passes_no_update_by(merge_weights):
+    torch._dynamo.reset()
+    model, called = encoder_layer("inject", {"merge_weights": merge_weights}), set()
+
+    def keep(graph, inputs):
+        called.update(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    with torch.no_grad():
+        torch.compile(model, backend=keep, fullgraph=True)(torch.randn(2, 3, 8))
+    assert any("_transformer_encoder_layer_fwd" in name for name in called) == merge_weights
 
 
 # ---- torch.compile and torch.export

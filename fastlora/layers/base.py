@@ -17,6 +17,14 @@ INITS = (True, False, "gaussian")
 META: dict[str, Any] = {"device": "meta"}
 
 
+# torch counts its own from 0
+_HOOK = -1
+
+
+def _no_hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Changes nothing, should the module be called."""
+
+
 @dataclass(frozen=True)
 class Options:
     """The options that every layer takes, checked before anything is built.
@@ -80,6 +88,36 @@ class LoRALayer(Mergeable):
         self._merged_factors = {}
         self._merged_scaling = 0.0
         self._merged_counters = []
+        self._ask_to_be_called(True)
+
+    def _ask_to_be_called(self, ask: bool) -> None:
+        """Keeps torch from computing with ``weight`` and ``bias`` in the place of a call.
+
+        ``nn.TransformerEncoderLayer`` does so in eval mode, unless any module in it has a hook:
+        here one that is never called gets one, which costs a forward nothing.
+        """
+        hooks = self.lora_dropout._forward_pre_hooks
+        if ask:
+            hooks[_HOOK] = _no_hook
+        else:
+            hooks.pop(_HOOK, None)
+
+    def _is_plain(self) -> bool:
+        """Whether the output is made of ``weight`` and ``bias`` alone, and as in torch."""
+        return not self.adapted or (self.merged and "lora_bias" not in self.lora_parameters())
+
+    def merge(self) -> None:
+        super().merge()
+        self._ask_to_be_called(not self._is_plain())
+
+    def unmerge(self) -> None:
+        super().unmerge()
+        self._ask_to_be_called(not self._is_plain())
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self._ask_to_be_called(not self._is_plain())
+        return self
 
     def _add_factors(self, **shapes: tuple[int, ...]) -> None:
         """Registers factors of these shapes, sets ``scaling`` and freezes the base weight."""

@@ -82,6 +82,9 @@ class BlockLinear(LoRALayer, nn.Linear):
             backend=self.backend,
         )
 
+    def _is_plain(self) -> bool:
+        return super()._is_plain() and not self.fan_in_fan_out
+
     def _merge_terms(self, weight: Tensor, lora: Mapping[str, Tensor]) -> list[Term]:
         out_first = weight.t() if self.fan_in_fan_out else weight
         terms = []
