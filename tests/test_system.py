@@ -459,6 +459,17 @@ def test_deepcopy_of_a_model_in_training(net, index, merged):
     assert_same(step(net, net, index), expected)
 
 
+@pytest.mark.parametrize("mode", [True, False])
+def test_replicas_of_data_parallel(case, mode):
+    """Their parameters are plain attributes, and theirs alone."""
+    layer, _, make_input = case
+    layer.train(mode)
+    replica = layer._replicate_for_data_parallel()
+    for name, p in layer.named_parameters():
+        setattr(replica, name, p.clone())
+    assert torch.equal(*outputs(make_input(5), layer, replica))
+
+
 # ---- distributed: two processes on gloo against one, on integers so that sums are exact
 
 SCRIPT = """

@@ -14,6 +14,7 @@ from fastlora.layers.base import META, LoRALayer, Options, active_dropout
 from fastlora.merge import Term
 
 FACTORIZATIONS = ("loralib", "locon", "tucker")
+_FACTORS = ("lora_A", "lora_mid", "lora_B", "lora_bias")
 
 
 def use_plain_names(state_dict: dict[str, Any], prefix: str) -> None:
@@ -159,7 +160,9 @@ class ConvLoRA(LoRALayer, nn.modules.conv._ConvNd):
     def forward(self, x: Tensor) -> Tensor:
         """As the plain convolution."""
         bias: Tensor | None = self.bias
-        lora: dict[str, Tensor] = {**self.lora_parameters()}
+        # by name: the parameters of DataParallel's replicas are plain attributes
+        found = {name: getattr(self, name, None) for name in _FACTORS}
+        lora: dict[str, Tensor] = {name: t for name, t in found.items() if t is not None}
         if "lora_bias" in lora:
             whole = Blocks.single(self.out_channels)
             dtype = self.weight.dtype
