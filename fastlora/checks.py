@@ -4,8 +4,11 @@ Each check names the argument, what was got and what was expected, and runs befo
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _LINEAR = ("weight", "lora_A", "lora_B", "bias", "lora_bias")
 _LINEARS = ("weights", *_LINEAR[1:])
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
@@ -47,6 +51,18 @@ def tensor(name: str, t: object) -> None:
     """``t`` is a tensor."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name}: got {type(t).__name__}, expected a torch.Tensor")
+
+
+def dense(name: str, t: Tensor) -> None:
+    """``t`` is a tensor, neither nested nor sparse."""
+    tensor(name, t)
+    if t.is_nested:
+        raise TypeError(
+            f"{name}: got a nested tensor, expected a dense one (nn.TransformerEncoder makes none "
+            "where its use_nested_tensor is False)"
+        )
+    if t.layout is not torch.strided:
+        raise TypeError(f"{name}: got layout {t.layout}, expected a dense tensor")
 
 
 def base_weight(name: str, weight: Tensor) -> None:
@@ -114,42 +130,56 @@ def factor_dtypes(dtype: torch.dtype, **factors: Tensor | None) -> None:
         raise TypeError(f"factors: got {got}, expected one dtype for all of them")
 
 
-def number(name: str, value: object) -> None:
-    """``value`` is a finite number."""
-    if isinstance(value, bool) or not isinstance(
-        value, int | float | torch.SymInt | torch.SymFloat
-    ):
-        raise TypeError(f"{name}: got {value!r}, expected a number")
+def number(name: str, value: Any) -> float:
+    """``value`` as a finite number of Python's: NumPy's are taken, too."""
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name}: got {value!r}, expected a number")
+        value = float(value)
     if not -math.inf < value < math.inf:
         raise ValueError(f"{name}: got {value}, expected a finite number")
+    return value
 
 
-def probability(name: str, p: float) -> None:
-    """``p`` is in [0, 1]."""
+def probability(name: str, p: Any) -> float:
+    """``p`` as a number of Python's, in [0, 1]."""
     if not isinstance(p, int | float):
-        raise TypeError(f"{name}: got {p!r}, expected a probability in [0, 1]")
+        if not isinstance(p, Real):
+            raise TypeError(f"{name}: got {p!r}, expected a probability in [0, 1]")
+        p = float(p)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{name}: got {p}, expected a probability in [0, 1]")
+    return p
 
 
-def rank(name: str, r: int) -> None:
-    """``r`` is an integer, 0 (plain layer) or more."""
-    if isinstance(r, bool) or not isinstance(r, int):
-        raise TypeError(f"{name}: got {r!r}, expected an int")
+def integer(name: str, value: Any) -> int:
+    """``value`` as an int: whatever Python takes for an index, but no bool."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name}: got {value!r}, expected an int")
+
+
+def rank(name: str, r: Any) -> int:
+    """``r`` as an int, 0 (plain layer) or more."""
+    r = integer(name, r)
     if r < 0:
         raise ValueError(f"{name}: got {r}, expected 0 (no adapter) or a positive rank")
+    return r
 
 
-def scaling(name: str, value: float | Tensor) -> None:
-    """A finite number, or a tensor of one element that needs no gradient."""
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or value.requires_grad:
-            raise ValueError(
-                f"{name}: got a tensor of shape {_shape(value)} with requires_grad="
-                f"{value.requires_grad}, expected a number or one element that needs no gradient"
-            )
-    else:
-        number(name, value)
+def scaling(name: str, value: Any) -> float | Tensor:
+    """``value`` as a finite number, or a 0-d tensor that needs no gradient."""
+    if not isinstance(value, Tensor):
+        return number(name, value)
+    if value.numel() != 1 or value.requires_grad:
+        raise ValueError(
+            f"{name}: got a tensor of shape {_shape(value)} with requires_grad="
+            f"{value.requires_grad}, expected a number or one element that needs no gradient"
+        )
+    return value.reshape(()) if value.dim() else value
 
 
 def seed(name: str, seed: Tensor | None, device: torch.device) -> None:
@@ -283,7 +313,7 @@ def embedding(
     index: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, padding_idx: int | None
 ) -> None:
     """The tensors of a LoRA embedding fit together."""
-    tensor("index", index)
+    dense("index", index)
     if index.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"index: got dtype {index.dtype}, expected torch.int64 or torch.int32")
     float_tensors(weight=weight, lora_A=lora_A, lora_B=lora_B)
@@ -329,15 +359,33 @@ def conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, dtype: tor
         base_dtype(dtype, weight=weight, bias=bias)
 
 
-def padding(padding: Sequence[int] | str, padding_mode: str, stride: Sequence[int]) -> None:
-    """The padding options of a convolution are some that PyTorch has."""
-    if isinstance(padding, str) and padding not in ("same", "valid"):
-        raise ValueError(f"padding: got {padding!r}, expected numbers, 'same' or 'valid'")
-    if padding == "same" and any(s != 1 for s in stride):
-        raise ValueError(f"padding: got 'same' with stride {tuple(stride)}, expected stride 1")
+def per_dimension(
+    name: str, value: int | Sequence[int], dims: int, least: int = 1
+) -> tuple[int, ...]:
+    """An option of a convolution as one int a dimension: given as such, or as one for all."""
+    given = tuple(value) if isinstance(value, Sequence) else (value,)
+    if len(given) not in (1, dims):
+        raise ValueError(f"{name}: got {given}, expected one number or {dims}")
+    numbers = tuple(integer(name, n) for n in given)
+    if min(numbers) < least:
+        raise ValueError(f"{name}: got {value}, expected {least} or more")
+    return numbers if len(numbers) == dims else numbers * dims
+
+
+def padding(
+    padding: int | Sequence[int] | str, padding_mode: str, stride: tuple[int, ...]
+) -> tuple[int, ...] | str:
+    """The padding of a convolution as one int a dimension, or "same"; its mode is known."""
     if padding_mode not in PADDING_MODES:
         expected = ", ".join(map(repr, PADDING_MODES))
         raise ValueError(f"padding_mode: got {padding_mode!r}, expected one of {expected}")
+    if not isinstance(padding, str):
+        return per_dimension("padding", padding, len(stride), least=0)
+    if padding not in ("same", "valid"):
+        raise ValueError(f"padding: got {padding!r}, expected numbers, 'same' or 'valid'")
+    if padding == "same" and any(s != 1 for s in stride):
+        raise ValueError(f"padding: got 'same' with stride {stride}, expected stride 1")
+    return (0,) * len(stride) if padding == "valid" else padding
 
 
 def conv_factors(

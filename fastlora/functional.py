@@ -212,10 +212,13 @@ def multi_lora_linear(
         blocks = Blocks.single(W.shape[0])
         checks.linear(x, W, A, B, biases[i], lora_biases[i], blocks, dtype, at=i)
         checks.seed(f"seeds[{i}]", seeds[i], x.device)
+        if not len(W):
+            # of no features: there is nothing to adapt
+            A, B = A[:0], B[:, :0]
         rate = rates[i] if training and B.shape[1] else 0.0
         layers.append((A, B, scalings[i], blocks, biases[i], lora_biases[i], rate, seeds[i]))
     x = x.to(dtype)
-    X = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    X = _rows(x)
     # the first stands for all
     _, B, *_, rate, _ = layers[0]
     chosen = select(backend, x.device.type, dtype, Case.of(X, weights[0], B, rate > 0))
@@ -246,15 +249,12 @@ def _optional(name: str, values: Sequence[Tensor | None] | None, n: int) -> Sequ
     return values
 
 
-def _for_each(name: str, value: Any, n: int, check: Callable[[str, Any], None]) -> Sequence[Any]:
+def _for_each(name: str, value: Any, n: int, check: Callable[[str, Any], Any]) -> Sequence[Any]:
     """The values of ``n`` layers, or the one of all of them, checked."""
     if not isinstance(value, list | tuple):
-        check(name, value)
-        return [value] * n
+        return [check(name, value)] * n
     checks.count(name, value, n)
-    for i, of_one in enumerate(value):
-        check(f"{name}[{i}]", of_one)
-    return value
+    return [check(f"{name}[{i}]", of_one) for i, of_one in enumerate(value)]
 
 
 def block_lora_linear(
@@ -275,14 +275,17 @@ def block_lora_linear(
     """:func:`grouped_lora_linear` for a layout that is at hand as :class:`Blocks`."""
     dtype = compute_dtype(x)
     checks.linear(x, weight, lora_A, lora_B, bias, lora_bias, blocks, dtype)
-    checks.scaling("scaling", scaling)
-    checks.probability("p", p)
+    scaling = checks.scaling("scaling", scaling)
+    p = checks.probability("p", p)
     checks.seed("seed", seed, x.device)
+    if not len(weight):
+        # of no features: there is nothing to adapt
+        return F.linear(x, weight, bias)
     x = x.to(dtype)
     A, B, bias, seed, c, t = _prepare(
         x, lora_A, lora_B, scaling, blocks, bias, lora_bias, p if training else 0.0, seed
     )
-    X = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    X = _rows(x)
     case = Case.of(X, weight, B, t > 0)
     spec = autograd.LinearSpec(c, t, blocks, select(backend, x.device.type, dtype, case))
     with checks.without_autocast(x.device):
@@ -340,7 +343,7 @@ def lora_embedding(
         IndexError: an index outside the table.
     """
     checks.embedding(index, weight, lora_A, lora_B, padding_idx)
-    checks.scaling("scaling", scaling)
+    scaling = checks.scaling("scaling", scaling)
     padding = -1 if padding_idx is None else padding_idx % weight.shape[0]
     spec = autograd.EmbeddingSpec(scaling, padding, scale_grad_by_freq)
     with checks.without_autocast(weight.device):
@@ -356,9 +359,9 @@ def lora_conv(
     *,
     scaling: float | Tensor,
     bias: Tensor | None = None,
-    stride: Sequence[int],
-    padding: Sequence[int] | str,
-    dilation: Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
     groups: int = 1,
     padding_mode: str = "zeros",
     p: float = 0.0,
@@ -379,7 +382,7 @@ def lora_conv(
         lora_B: Up factor (a 1x1 kernel), shape ``(out_channels, r)``.
         scaling: ``lora_alpha / r``.
         bias: Shape ``(out_channels,)``.
-        stride: One number a dimension, as in ``torch.nn.Conv2d`` and its siblings, like
+        stride: One number, or one a dimension, as in ``torch.nn.Conv2d`` and its siblings, like
             ``padding`` (or "same", "valid"), ``dilation``, ``groups`` and ``padding_mode``.
         padding: See ``stride``.
         dilation: See ``stride``.
@@ -416,9 +419,9 @@ def lora_conv_dense(
     *,
     scaling: float | Tensor,
     bias: Tensor | None = None,
-    stride: Sequence[int],
-    padding: Sequence[int] | str,
-    dilation: Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
     groups: int = 1,
     padding_mode: str = "zeros",
     p: float = 0.0,
@@ -471,16 +474,19 @@ def _conv(
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
-    geometry: tuple[Sequence[int], Sequence[int] | str, Sequence[int], int, str],
+    geometry: tuple[int | Sequence[int], int | Sequence[int] | str, int | Sequence[int], int, str],
     scaling: float | Tensor,
     p: float,
     training: bool,
     seed: Tensor | None,
 ) -> Tensor:
-    checks.scaling("scaling", scaling)
-    checks.probability("p", p)
+    scaling = checks.scaling("scaling", scaling)
+    p = checks.probability("p", p)
     checks.seed("seed", seed, x.device)
-    checks.padding(geometry[1], geometry[4], geometry[0])
+    kernel, (stride, padding, dilation, groups, padding_mode) = weight.shape[2:], geometry
+    stride = checks.per_dimension("stride", stride, len(kernel))
+    dilation = checks.per_dimension("dilation", dilation, len(kernel))
+    padding = checks.padding(padding, padding_mode, stride)
     dtype = compute_dtype(x)
     c, t = dropout_factors(scaling, p, training)
     if t and seed is None:
@@ -488,7 +494,7 @@ def _conv(
     with checks.without_autocast(x.device):
         # in the dtype of x, in which the gradients of an element and its copies are then summed
         X = x if x.dim() == weight.dim() else x.unsqueeze(0)
-        X, at = _pad(X, weight.shape[2:], *geometry)
+        X, at = _pad(X, kernel, stride, padding, dilation, groups, padding_mode)
         spec = autograd.ConvSpec(c, t, at)
         Y = function.apply(
             X.to(dtype),
@@ -505,17 +511,15 @@ def _conv(
 def _pad(
     X: Tensor,
     kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int] | str,
-    dilation: Sequence[int],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...] | str,
+    dilation: tuple[int, ...],
     groups: int,
     padding_mode: str,
 ) -> tuple[Tensor, Geometry]:
     """The input, padded where the convolution cannot do that by itself, and the geometry left."""
-    if padding == "valid":
-        padding = (0,) * len(kernel)
     if padding_mode == "zeros" and not isinstance(padding, str):
-        return X, Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+        return X, Geometry(stride, padding, dilation, groups)
     ends: list[int] = []
     for i in reversed(range(len(kernel))):
         if isinstance(padding, str):
@@ -524,8 +528,16 @@ def _pad(
         else:
             ends += [padding[i], padding[i]]
     mode = "constant" if padding_mode == "zeros" else padding_mode
-    at = Geometry(tuple(stride), (0,) * len(kernel), tuple(dilation), groups, tuple(ends), mode)
+    at = Geometry(stride, (0,) * len(kernel), dilation, groups, tuple(ends), mode)
     return F.pad(X, ends, mode), at
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The rows of x (..., K): (M, K)."""
+    if x.dim() == 2:
+        return x
+    # no -1, which says nothing where K is 0
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
 def _unflatten(Y: Tensor, shape: torch.Size) -> Tensor:
@@ -541,7 +553,7 @@ def _unflatten(Y: Tensor, shape: torch.Size) -> Tensor:
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """What a layer computes in: autocast's dtype where it applies to ``x``, else that of ``x``."""
-    checks.tensor("x", x)
+    checks.dense("x", x)
     # like torch's own layers, autocast leaves fp64 alone
     if checks.under_autocast(x.device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
@@ -571,6 +583,7 @@ def add_lora_bias(
     """The one bias a layer adds, ``bias + scaling * lora_bias``, in ``dtype``."""
     if lora_bias is None:
         return bias if bias is None else bias.to(dtype)
+    scaling = checks.scaling("scaling", scaling)
     total = lora_bias.new_zeros(blocks.out_features) if bias is None else bias.to(lora_bias.dtype)
     if blocks.count == 1 and blocks.adapted_features == blocks.out_features:
         return (total + scaling * lora_bias).to(dtype)

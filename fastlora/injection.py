@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -114,6 +115,8 @@ def inject(
         checks.rank(name, rank)
         if rank == 0:
             raise ValueError(f"{name}: got rank 0, expected 1 or more")
+    if enable_lora is not None and not any(enable_lora):
+        raise ValueError(f"enable_lora: got {enable_lora}, expected a block to adapt")
     ranks = _patterns("rank_pattern", rank_pattern)
     alphas = _patterns("alpha_pattern", alpha_pattern)
     if enable_lora is None and (out_splits is not None or interleave != 1):
@@ -158,21 +161,29 @@ def inject(
             alpha = _by_pattern(alphas, name, rank if lora_alpha is None else lora_alpha)
             make = makers[nn.Linear if is_hf_conv1d(module) else type(module)]
             layers[module] = make(module, r=rank, lora_alpha=alpha)
-    for module, layer in layers.items():
-        layer.adopt(module)
-    replaced = {}
-    for name, module in chosen.items():
-        if name not in skipped:
-            layer = layers[module]
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, layer)
-            sizes = "x".join(str(n) for n in layer.weight.shape)
-            replaced[name] = (
-                f"{type(layer).__name__} {sizes}, r={layer.r}, scaling={layer.scaling:g}"
-            )
-    trainable = sum(p.numel() for m in layers.values() for p in m.lora_parameters().values())
-    total = sum(p.numel() for p in model.parameters())
-    return Report(replaced, skipped, flag_shared_weights(model), trainable, total)
+    # but for memory, and warnings that are errors
+    with ExitStack() as undo:
+        for module, layer in layers.items():
+            weight = module.weight
+            undo.callback(setattr, weight, "requires_grad", weight.requires_grad)
+            layer.adopt(module)
+        replaced = {}
+        for name, module in chosen.items():
+            if name not in skipped:
+                layer = layers[module]
+                parent, _, leaf = name.rpartition(".")
+                owner = model.get_submodule(parent)
+                undo.callback(setattr, owner, leaf, module)
+                setattr(owner, leaf, layer)
+                sizes = "x".join(str(n) for n in layer.weight.shape)
+                replaced[name] = (
+                    f"{type(layer).__name__} {sizes}, r={layer.r}, scaling={layer.scaling:g}"
+                )
+        trainable = sum(p.numel() for m in layers.values() for p in m.lora_parameters().values())
+        total = sum(p.numel() for p in model.parameters())
+        report = Report(replaced, skipped, flag_shared_weights(model), trainable, total)
+        undo.pop_all()
+    return report
 
 
 def _choose(

@@ -3,6 +3,7 @@
 import json
 import re
 import struct
+import warnings
 from collections import OrderedDict
 
 import pytest
@@ -101,6 +102,9 @@ def merged_linear(**options):
 
 IN_FOUR = {"x": ones(2, 16, 8, 8), "groups": 4, "lora_A": ones(8, 4, 3, 3)}
 GRAD = torch.ones((), requires_grad=True)
+JAGGED = torch.nested.nested_tensor([ones(2, 6), ones(3, 6)], layout=torch.jagged)
+# as nn.TransformerEncoder makes it
+NESTED = torch._nested_tensor_from_mask(ones(2, 3, 6), ones(2, 3).bool())
 
 # call, changed arguments, exception; and what the message says was got and expected
 CASES = [
@@ -129,6 +133,13 @@ CASES = [
     (linear, {"bias": ones(5).half()}, TypeError, "bias", "float16", "float32"),
     (linear, {"lora_A": ones(2, 6).half()}, TypeError, "lora_A", "float16", "float32"),
     (linear, {"lora_bias": ones(5).half()}, TypeError, "lora_bias", "float16", "float32"),
+    # layouts
+    (linear, {"x": ones(4, 6).to_sparse()}, TypeError, "x", "sparse_coo", "dense"),
+    (linear, {"x": JAGGED}, TypeError, "x", "nested", "dense"),
+    (linear, {"x": NESTED}, TypeError, "x", "nested", "use_nested_tensor"),
+    (multi, {"x": JAGGED}, TypeError, "x", "nested", "dense"),
+    (conv, {"x": ones(2, 4, 8, 8).to_sparse()}, TypeError, "x", "sparse_coo", "dense"),
+    (embedding, {"index": torch.tensor([1]).to_sparse()}, TypeError, "index", "sparse", "dense"),
     # not tensors
     (linear, {"x": None}, TypeError, "x", "NoneType", "Tensor"),
     (linear, {"weight": [[1.0]]}, TypeError, "weight", "list", "Tensor"),
@@ -243,6 +254,12 @@ CASES = [
     (conv, {"seed": ones(2).long()}, ValueError, "seed", "(2,)", "one int64 element"),
     (conv, {"padding": "sam"}, ValueError, "padding", "'sam'", "same"),
     (conv, {"padding": "same", "stride": (2, 2)}, ValueError, "padding", "same", "stride"),
+    (conv, {"padding": -1}, ValueError, "padding", "-1", "0 or more"),
+    (conv, {"padding": (1, 1, 1)}, ValueError, "padding", "(1, 1, 1)", "one number or 2"),
+    (conv, {"stride": (0, 1)}, ValueError, "stride", "(0, 1)", "1 or more"),
+    (conv, {"stride": ()}, ValueError, "stride", "()", "one number or 2"),
+    (conv, {"stride": 1.5}, TypeError, "stride", "1.5", "int"),
+    (conv, {"dilation": (1, True)}, TypeError, "dilation", "True", "int"),
     (conv, {"padding_mode": "zero"}, ValueError, "padding_mode", "'zero'", "'zeros'"),
     (dense_conv, {"lora_B": ones(17, 6)}, ValueError, "lora_B", "(17, 6)", "(18, 6)"),
     (dense_conv, {"lora_A": ones(6)}, ValueError, "lora_A", "(6,)", "expected"),
@@ -450,6 +467,7 @@ INJECT = [
     ({"init_lora_weights": "x"}, ValueError, more("init_lora_weights", "'x'", "'gaussian'")),
     ({"factorization": "x"}, ValueError, more("factorization", "'x'", "'locon'")),
     ({"enable_lora": [True, False]}, ValueError, more("enable_lora", "2 blocks", "out_features=5")),
+    ({"enable_lora": [False] * 3}, ValueError, more("enable_lora", "False", "a block to adapt")),
     ({"out_splits": [3, 3]}, ValueError, more("out_splits", "layout", "enable_lora")),
     ({"interleave": 2}, ValueError, more("out_splits, interleave", "layout", "enable_lora")),
     ({"backend": "x"}, ValueError, more("backend", "'x'", "reference")),
@@ -462,6 +480,25 @@ def test_inject_refuses(net, options, kind, match):
     """One of several layers is wrong, and none is replaced."""
     targets = {"target_modules": ["first", "second", "conv"]}
     refuses(net, kind, match, lambda: fastlora.inject(net, **{**targets, **options}))
+
+
+def test_inject_that_fails_halfway_changes_nothing(net, monkeypatch):
+    """For lack of memory, say; or since a warning is an error."""
+    adopt, targets = fastlora.Linear.adopt, ["first", "second"]
+
+    def fail(layer, module):
+        if module is net.second:
+            raise torch.OutOfMemoryError("no room for it")
+        return adopt(layer, module)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fastlora.Linear, "adopt", fail)
+        refuses(net, RuntimeError, "no room", lambda: fastlora.inject(net, targets, r=2))
+    net.tied = nn.Linear(6, 6)
+    net.tied.weight = net.first.weight
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refuses(net, UserWarning, "its weight is also", lambda: fastlora.inject(net, targets, r=2))
 
 
 def test_inject_twice_refuses(model):
@@ -681,6 +718,13 @@ def test_a_checkpoint_that_was_saved_merged(model, entry, merged):
         refuses(model, ValueError, match, lambda: adapters.load(model, checkpoint))
     else:
         refuses(model, RuntimeError, match, lambda: model.load_state_dict(checkpoint))
+
+
+def test_an_entry_that_no_checkpoint_has(model):
+    model.register_buffer("mask", ones(2), persistent=False)
+    adapter = damaged(model, "mask", ones(2))
+    match = "mask: the model has no such parameter"
+    refuses(model, KeyError, match, lambda: adapters.load(model, adapter))
 
 
 def test_something_else_than_a_tensor(model):

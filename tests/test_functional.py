@@ -3,6 +3,7 @@
 import itertools
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -254,23 +255,30 @@ def test_scaling_as_a_tensor_is_the_number(value, p):
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP64, BF16])
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 1, 1)])
 def test_scaling_as_one_element_of_any_shape(shape, dtype):
     tensors, options = operands(9), {"p": 0.5, "seed": torch.tensor([3])}
     y = lora_linear(**tensors, scaling=torch.full(shape, -0.5, dtype=dtype), **options)
     assert torch.equal(y, formula(**tensors, scaling=-0.5, **options).float())
 
 
+@pytest.mark.parametrize("scaling", [np.float32(-0.5), np.float64(-0.5), np.int64(2)])
+def test_scaling_and_p_as_numbers_of_numpy(scaling):
+    tensors, seed = operands(9), torch.tensor([3])
+    y = lora_linear(**tensors, scaling=scaling, p=np.float32(0.5), seed=seed)
+    assert torch.equal(y, lora_linear(**tensors, scaling=float(scaling), p=0.5, seed=seed))
+
+
 def test_scaling_as_a_tensor_reaches_gradients_and_bias():
     results = []
-    for scaling in (0.5, torch.tensor(0.5)):
+    for scaling in (0.5, torch.tensor(0.5), torch.full((1, 1, 1), 0.5)):
         torch.manual_seed(0)
         tensors = {name: t.requires_grad_() for name, t in operands(9).items()}
         lora_bias = integers(5).requires_grad_()
         y = lora_linear(**tensors, scaling=scaling, lora_bias=lora_bias)
         y.sum().backward()
         results.append([y, lora_bias.grad, *(t.grad for t in tensors.values())])
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert all(map(torch.equal, results[0], other) for other in results[1:])
 
 
 def test_p_of_one_leaves_the_plain_layer():
@@ -394,6 +402,20 @@ def test_conv_is_a_conv_by_the_merged_kernel(dimensions, groups, padding):
     )
     whole = W + 2 * delta.view(W.shape)
     assert torch.equal(y, conv(x, whole, padding=padding, groups=groups))
+
+
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+@pytest.mark.parametrize("function", [lora_conv, lora_conv_dense])
+def test_one_number_for_all_dimensions_of_a_conv(function, mode):
+    x, W = integers(2, 4, 9, 9), integers(6, 4, 3, 3)
+    A, B = (integers(2, 4, 3, 3), integers(6, 2))
+    if function is lora_conv_dense:
+        A, B = integers(6, 12), integers(18, 6)
+    options = {"scaling": 1.0, "padding_mode": mode}
+    expected = function(x, W, A, B, stride=(2, 2), padding=(1, 1), dilation=(2, 2), **options)
+    for one in (lambda n: n, lambda n: (n,), lambda n: [np.int64(n)]):
+        y = function(x, W, A, B, stride=one(2), padding=one(1), dilation=one(2), **options)
+        assert torch.equal(y, expected)
 
 
 @pytest.mark.parametrize("shape", [(12,), (3, 12), (2, 3, 12)])

@@ -40,7 +40,7 @@ def load_state_dict(
     layers = dict(lora_layers(model))
     for prefix in _conv_prefixes(model):
         use_plain_names(state, prefix)
-    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    own = model.state_dict()
     for key, t in state.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"{key}: got {type(t).__name__}, expected a torch.Tensor")
@@ -65,8 +65,7 @@ def load_state_dict(
                 f"{prefix}weight: already holds the update of its factors (a checkpoint saved in "
                 "eval mode), which would count twice; expected the base, or assume_merged=True"
             )
-    now = model.state_dict()
-    before = {key: now[key].clone() for key in state}
+    before = {key: own[key].clone() for key in state}
     merged = [layer for layer in layers.values() if layer.merged]
     try:
         model.load_state_dict(state, strict=False)

@@ -44,9 +44,13 @@ class Options:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
-        checks.rank("r", self.r)
-        checks.probability("lora_dropout", self.lora_dropout)
-        checks.number("lora_alpha", self.lora_alpha)
+        checked = {
+            "r": checks.rank("r", self.r),
+            "lora_alpha": checks.number("lora_alpha", self.lora_alpha),
+            "lora_dropout": checks.probability("lora_dropout", self.lora_dropout),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
         if self.init_lora_weights not in INITS:
             got, expected = self.init_lora_weights, ", ".join(repr(i) for i in INITS)
             raise ValueError(f"init_lora_weights: got {got!r}, expected one of {expected}")
@@ -107,7 +111,8 @@ class LoRALayer(Mergeable):
         return not self.adapted or (self.merged and "lora_bias" not in self.lora_parameters())
 
     def merge(self) -> None:
-        super().merge()
+        if self.weight.numel():
+            super().merge()
         self._ask_to_be_called(not self._is_plain())
 
     def unmerge(self) -> None:

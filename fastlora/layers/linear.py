@@ -121,7 +121,7 @@ class Linear(BlockLinear):
         init_lora_weights: True (A Kaiming uniform, B zero), "gaussian" (A normal with standard
             deviation 1 / r, B zero) or False (neither zero).
         lora_dtype: Dtype of the factors; None: that of the weight. float32 over a 16-bit weight is
-            the usual mixed precision.
+            the usual mixed precision; any other dtype than the weight's takes autocast to train.
         backend: "auto", or a name of :func:`fastlora.backends.available`.
         **kwargs: ``bias``, ``device`` and ``dtype`` of ``nn.Linear``.
 

@@ -5,6 +5,7 @@ import io
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastlora
-from fastlora import backends
+from fastlora import backends, functional
 from fastlora.backends import reference
 
 QV = [True, False, True]
@@ -408,6 +409,39 @@ def test_requires_grad(kind):
 def test_wrong_options(kind, options, error):
     with pytest.raises(error, match=next(iter(options))):
         LAYERS[kind](**options)
+
+
+@layers
+def test_options_as_numbers_of_numpy(kind):
+    branch = {"lora_dropout": np.float32(0.25)} if kind in BRANCH else {}
+    layer = LAYERS[kind](r=np.int64(3), lora_alpha=np.float32(6), **branch)
+    assert type(layer.r) is int and type(layer.lora_alpha) is type(layer.scaling) is float
+    assert layer.r == 3 and layer.scaling == 2.0
+    assert getattr(layer.lora_dropout, "p", None) == (0.25 if branch else None)
+    fastlora.inject(nn.Sequential(nn.Linear(3, 3)), ["0"], r=np.int32(2), lora_alpha=np.float16(1))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("path", ["reference", "native"], indirect=True)
+@pytest.mark.parametrize("lora_bias", [False, True])
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3), (0, 3)])
+@pytest.mark.parametrize("K, N", [(8, 0), (0, 5), (0, 0)])
+def test_no_features(K, N, batch, lora_bias, path):
+    """In training, eval mode and as one of several, as nn.Linear takes them."""
+    layer = fastlora.Linear(K, N, r=2, lora_dropout=0.5, lora_bias=lora_bias)
+    nn.init.normal_(layer.lora_B)
+    x = torch.randn(*batch, K, requires_grad=True)
+    expected = F.linear(x, layer.weight, layer.bias)
+    for mode in (True, False):
+        layer.train(mode)
+        y = layer(x)
+        assert torch.equal(y, expected)
+        y.sum().backward()
+        assert torch.equal(x.grad, torch.zeros_like(x))
+    factors = {"lora_A": [layer.lora_A, None], "lora_B": [layer.lora_B, None]}
+    weights = [layer.weight, torch.ones(3, K)]
+    first, _ = functional.multi_lora_linear(x, weights, **factors, scaling=1.0, p=0.5)
+    assert torch.equal(first, F.linear(x, layer.weight))
 
 
 @on_each_path(BRANCH)
