@@ -4,7 +4,7 @@
 >>> layer = lora.Linear(768, 768, r=8, lora_alpha=16)
 """
 
-from fastlora import adapters, functional
+from fastlora import adapters, flops, functional, utils
 from fastlora.backends import use_backend
 from fastlora.injection import Report, inject
 from fastlora.layers import (
@@ -41,6 +41,7 @@ __all__ = [
     "__version__",
     "adapters",
     "explain",
+    "flops",
     "functional",
     "inject",
     "lora_state_dict",
@@ -48,4 +49,5 @@ __all__ = [
     "merged",
     "switch",
     "use_backend",
+    "utils",
 ]

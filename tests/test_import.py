@@ -22,7 +22,7 @@ merge
 layers
 models
 injection adapters
-integrations testing
+testing utils flops
 fastlora
 doctor tune
 __main__

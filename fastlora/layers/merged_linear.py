@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastlora import checks
+from fastlora.backends import reference
 from fastlora.layers.base import Options
 from fastlora.layers.linear import BlockLinear
 
@@ -96,6 +97,11 @@ class MergedLinear(BlockLinear):
             TypeError: another kind of module.
         """
         return cls.like(module, r=r, enable_lora=enable_lora, **options).adopt(module)
+
+    def merge_AB(self) -> Tensor:
+        """``ΔW / scaling`` in the shape of the weight, as in loralib; factors get gradients."""
+        delta = reference.delta(self.lora_A, self.lora_B, 1.0, self.blocks)
+        return delta.t() if self.fan_in_fan_out else delta
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, enable_lora={self.enable_lora}"

@@ -139,6 +139,28 @@ def test_dropout_is_taken_by_name_and_place():
     assert fastlora.MergedLinear(4, 6, r=2, lora_dropout=0.25, enable_lora=[True]).lora_dropout.p
 
 
+def test_utils():
+    for name in ("mark_only_lora_as_trainable", "lora_state_dict"):
+        assert getattr(fastlora.utils, name) is getattr(fastlora, name)
+        assert callable(getattr(loralib.utils, name))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("merged")])
+def test_merge_AB(case):
+    """The delta by itself, with gradients, in the place of the weight."""
+    old, new = draw_factors(*(build(lora, case) for lora in (loralib, fastlora)))
+    if not hasattr(old, "lora_A"):
+        pytest.skip("has no factors")
+    old, new = old.double(), new.double()
+    got, expected = new.merge_AB(), old.merge_AB()
+    assert_no_worse(got, expected, expected)
+    assert got.shape == new.weight.shape
+    for delta in (got, expected):
+        delta.square().sum().backward()
+    assert_no_worse(new.lora_A.grad, old.lora_A.grad, old.lora_A.grad)
+    assert_no_worse(new.lora_B.grad, old.lora_B.grad, old.lora_B.grad)
+
+
 # ---- (b) forward, gradients, modes
 
 
