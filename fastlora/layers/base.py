@@ -116,6 +116,8 @@ class LoRALayer(Mergeable):
 
     def reset_parameters(self) -> None:
         """Draws the base weight like the plain layer, then the factors."""
+        # a merge is of the values that go now
+        self._forget_merge()
         super().reset_parameters()  # type: ignore[misc]  # the torch.nn layer's
         if self.adapted:
             self.reset_lora_parameters()

@@ -783,11 +783,12 @@ void test_correction(Dtype dtype, int64_t n, int bits) {
   CHECK(!decode_correction(predicted.data(), dtype, n, bits, codes.data(), escaped.data(),
                            values.data(), int64_t(rare.size()), decoded.data(), nullptr));
   CHECK(decoded == exact);
-  std::vector<int64_t> parts(sum_bits_parts(n));
-  CHECK(!sum_bits(exact.data(), dtype, n, parts.data(), nullptr));
-  int64_t sum = 0;
-  for (const int64_t part : parts) sum += part;
-  for (const U value : exact) sum -= value;
+  std::vector<int64_t> parts(checksum_parts(n));
+  CHECK(!checksum(exact.data(), dtype, n, parts.data(), nullptr));
+  uint64_t sum = 0;
+  for (const int64_t part : parts) sum += uint64_t(part);
+  for (int64_t i = 0; i < n; ++i)
+    sum -= uint64_t(int64_t(std::make_signed_t<U>(exact[i]))) * uint64_t(2 * i + 1);
   CHECK(!sum);
 }
 

@@ -312,7 +312,7 @@ def test_explain():
     with torch.autocast("cpu", torch.bfloat16):
         assert "torch.bfloat16" in fastlora.explain(layer.train(), x)
     layer.weight_is_shared = True
-    assert "never" in fastlora.explain(layer)
+    assert "merging: no, its weight is shared" in fastlora.explain(layer)
     with pytest.raises(TypeError, match="Linear"):
         fastlora.explain(nn.Linear(6, 10))
 
