@@ -10,12 +10,8 @@
 
 #include "cuda.h"
 
-namespace fastlora {
+namespace fastlora::stages {
 namespace {
-
-const uint8_t* data_of(const optional<Tensor>& mask) {
-  return mask ? mask->data_ptr<uint8_t>() : nullptr;
-}
 
 // dX += dY W
 Tensor add_product(Tensor dX, const Tensor& dY, const Tensor& W) {
@@ -67,6 +63,8 @@ struct Layout {
 
   cuda::Layout view() const { return {blocks.data(), int(blocks.size()), period, repeats}; }
 };
+
+}  // namespace
 
 // ---- one stage ----------------------------------------------------------------------------------
 
@@ -132,8 +130,8 @@ std::tuple<Tensor, Tensor> grad_expand(const Tensor& dY, const optional<Tensor>&
 }
 
 // dA, and m∘(dS A) into dX if it has two dimensions
-Tensor grad_shrink_into(const Tensor& dX, const Place& at, const Tensor& dS, const Tensor& X,
-                        const optional<Tensor>& mask, const Tensor& A) {
+static Tensor grad_shrink_into(const Tensor& dX, const Place& at, const Tensor& dS, const Tensor& X,
+                               const optional<Tensor>& mask, const Tensor& A) {
   const int64_t M = X.size(0), K = X.size(1), R = A.size(0);
   at.check.operand("X", X, M, K);
   at.check.sums("dS", dS, M, R);
@@ -155,8 +153,8 @@ Tensor grad_shrink(const Tensor& dS, const Tensor& X, const optional<Tensor>& ma
 }
 
 // m∘(dS A) into dX
-void grad_input_into(const Tensor& dX, const Place& at, const Tensor& dS, const Tensor& A,
-                     const optional<Tensor>& mask) {
+static void grad_input_into(const Tensor& dX, const Place& at, const Tensor& dS, const Tensor& A,
+                            const optional<Tensor>& mask) {
   const int64_t M = dX.size(0), K = dX.size(1);
   at.check.sums("dS", dS, M, A.size(0));
   at.check.factor("A", A, A.size(0), K);
@@ -286,8 +284,6 @@ std::tuple<Tensor, Tensors, Tensors> multi_backward(
   return {dX.defined() ? dX : at.empty({0}, dY[0].scalar_type()), dA, dB};
 }
 
-}  // namespace
-
 TORCH_LIBRARY_IMPL(FASTLORA_NAMESPACE, FASTLORA_KEY, m) {
   m.impl("forward", forward);
   m.impl("backward", backward);
@@ -301,4 +297,4 @@ TORCH_LIBRARY_IMPL(FASTLORA_NAMESPACE, FASTLORA_KEY, m) {
   m.impl("delta", delta);
 }
 
-}  // namespace fastlora
+}  // namespace fastlora::stages

@@ -6,11 +6,16 @@
 namespace fastlora::cuda::fused {
 namespace {
 
-// Rows of vectors that a copy can be described for: one after another, of 32-bit sizes.
+// what copies are described with has 32 bits, and some of it is to be multiplied by a few
+constexpr int64_t kMost = 1 << 29;
+
+bool is_some(const Matrix& m) {
+  return m.rows > 0 && m.cols > 0 && m.rows < kMost && m.cols < kMost;
+}
+
+// Rows of vectors, one after another.
 bool is_copied(const Matrix& m) {
-  constexpr int64_t kMost = 1 << 30;
-  return is_vectors(m) && m.rows > 0 && m.cols > 0 && m.rows < kMost && m.cols < kMost &&
-         m.row_stride >= m.cols && m.row_stride < int64_t(1) << 38;
+  return is_some(m) && is_vectors(m) && m.row_stride >= m.cols && m.row_stride < kMost << 8;
 }
 
 Matrix transposed_of(const Matrix& m) {
@@ -22,8 +27,8 @@ Matrix transposed_of(const Matrix& m) {
 bool takes(const Matrix& left, const Matrix& W, const Matrix& factor, const uint8_t* mask) {
   // each side of W is that of an output
   return is_copied(left) && is_copied(W) && W.rows % 8 == 0 && left.dtype == W.dtype &&
-         (factor.dtype == left.dtype || is_split(left, factor)) && factor.cols > 0 &&
-         factor.cols < 1 << 16 && reinterpret_cast<uintptr_t>(mask) % 4 == 0;
+         is_some(factor) && (factor.dtype == left.dtype || is_split(left, factor)) &&
+         reinterpret_cast<uintptr_t>(mask) % 4 == 0;
 }
 
 size_t expand_workspace(const Matrix& X, const Matrix& B, const Matrix& bias) {

@@ -6,8 +6,8 @@
 
 namespace fastlora::cuda::fused {
 
-// Whether the stages below take `left` (X or dY), W and the factor (B, or A transposed); if not,
-// those of stages.h do. Rows of 16-bit vectors, a factor of the same dtype, or float32 under
+// Whether the stages below take `left` (X or dY), W and the factor (B or A); if not, those of
+// stages.h do. Rows of 16-bit vectors, a factor of the same dtype, or float32 under
 // bfloat16, and a mask, where there is one, of aligned words.
 bool takes(const Matrix& left, const Matrix& W, const Matrix& factor, const uint8_t* mask);
 
