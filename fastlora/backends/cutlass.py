@@ -1,8 +1,8 @@
-"""The stages of ``native`` on a Hopper GPU, with the base products in one kernel with what is added.
+"""The stages of ``native`` on a Hopper GPU, with base products and low-rank terms in one kernel.
 
-That kernel stands on CUTLASS's collectives for GPUs of compute capability 9.0. It takes rows of
-bfloat16 or float16, in whole vectors, and for the output a layer of one block; for all else a stage
-is that of ``native``.
+That kernel stands on CUTLASS's collectives for compute capability 9.0. It takes rows of bfloat16 or
+float16, in whole vectors, and for the output a layer of one block; for all else a stage is that of
+``native``.
 """
 
 from functools import partial
@@ -29,15 +29,17 @@ def why_not() -> str | None:
     """None where its kernels are built and the current GPU runs them, else what is missing."""
     if reason := native.why_not():
         return reason
-    if not native._C.build_info()["cutlass"]:
+    if not native.build_info()["cutlass"]:
         return "the extension is built without CUTLASS (FASTLORA_CUTLASS=1 pip install .)"
     if not torch.cuda.is_available():
         return "there is no CUDA device"
+    if reason := native.cuda_obstacle():
+        return reason
     capability = torch.cuda.get_device_capability()
     if capability != CAPABILITY:
         got, expected = (".".join(map(str, pair)) for pair in (capability, CAPABILITY))
         return f"the current GPU is of compute capability {got}, its kernels are for {expected}"
-    return native.cuda_obstacle()
+    return None
 
 
 # to torch.compile a constant, as in backends/triton.py

@@ -74,7 +74,7 @@ def test_every_stage(layer, dtypes, M, t, fused):
 
 @pytest.mark.parametrize("dtypes", ["bf16", "fp16", "bf16 under fp32"])
 def test_a_fused_product_is_rounded_once(dtypes, fused, emulated):
-    """Which tells it from one that is added to what was rounded, so that it is known to be taken."""
+    """Which tells it from one that is added to what was rounded: so it is known to be taken."""
 
     def draw(*shape):
         return torch.randint(-99, 100, shape, generator=generator)
@@ -209,12 +209,12 @@ def test_it_says_why_it_is_not_usable(monkeypatch):
     info["cutlass"] = True
     says("there is no CUDA device")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
-    says("the current GPU is of compute capability 10.0, its kernels are for 9.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(extension, "cuda_obstacle", lambda: "no driver")
     says("no driver")
     monkeypatch.setattr(extension, "cuda_obstacle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (10, 0))
+    says("the current GPU is of compute capability 10.0, its kernels are for 9.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     assert cutlass.why_not() is None
     assert backends.select("cutlass", "cuda", BF16) is cutlass
     assert "no kernels for tensors on cpu" in backends.available("cpu")["cutlass"]
