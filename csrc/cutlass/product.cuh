@@ -98,12 +98,12 @@ struct Product {
   static __device__ void multiply(Mma mma, const Left& left, const Right& right, Sum& sum,
                                   Pipeline& pipeline, State& state, int count) {
     State before = state;
-    CUTLASS_PRAGMA_NO_UNROLL
+#pragma unroll 1
     for (int i = 0; i < count; ++i) {
       pipeline.consumer_wait(state, pipeline.consumer_try_wait(state));
       cute::warpgroup_fence_operand(sum);
       cute::warpgroup_arrive();
-      CUTE_UNROLL
+#pragma unroll
       for (int k = 0; k < cute::size<2>(left); ++k) {
         cute::gemm(mma, left(cute::_, cute::_, k, state.index()),
                    right(cute::_, cute::_, k, state.index()), sum);
@@ -127,13 +127,13 @@ struct Product {
   static __device__ void store(const Params& p, const Places& places, const Sum& sum, int64_t row,
                                int64_t col) {
     const int q = threadIdx.x % 4;
-    CUTE_UNROLL
+#pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int64_t m = row + cute::get<0>(places(0, i, 0));
-      CUTE_UNROLL
+#pragma unroll
       for (int group = 0; group < kCols / 8; group += 4) {
         uint32_t words[4];
-        CUTE_UNROLL
+#pragma unroll
         for (int j = 0; j < 4; ++j)
           words[j] = pack<T>(sum(cute::make_coord(0, i, group + j), 0, 0),
                              sum(cute::make_coord(1, i, group + j), 0, 0));

@@ -74,10 +74,10 @@ struct Kept {
   __host__ __device__ Kept(const uint32_t* mask, const Places& places, int64_t row, int64_t col,
                            int64_t M, int64_t N) {
     const int64_t row_words = blocks_of(N, 32), first = col / 32;
-    CUTE_UNROLL
+#pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int64_t m = row + cute::get<0>(places(0, i, 0));
-      CUTE_UNROLL
+#pragma unroll
       for (int j = 0; j < kWords; ++j)
         words[i][j] = mask && m < M && first + j < row_words ? mask[m * row_words + first + j] : 0;
     }
@@ -86,14 +86,15 @@ struct Kept {
   // Zeroes what is dropped, whatever it is.
   template <class Places, class Sum>
   __host__ __device__ void apply(const Places& places, Sum& sum) const {
-    CUTE_UNROLL
-    for (int group = 0; group < kCols / 8; ++group) CUTE_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t bits = words[i][group / 4] >> cute::get<1>(places(0, i, group)) % 32;
-      CUTE_UNROLL
-      for (int j = 0; j < 2; ++j)
-        if (!(bits >> j & 1)) sum(cute::make_coord(j, i, group), 0, 0) = 0;
-    }
+#pragma unroll
+    for (int group = 0; group < kCols / 8; ++group)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const uint32_t bits = words[i][group / 4] >> cute::get<1>(places(0, i, group)) % 32;
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+          if (!(bits >> j & 1)) sum(cute::make_coord(j, i, group), 0, 0) = 0;
+      }
   }
 };
 
