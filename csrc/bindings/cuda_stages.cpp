@@ -68,22 +68,40 @@ struct Layout {
 
 // ---- one stage ----------------------------------------------------------------------------------
 
+// S and masks of layers that share X
+std::tuple<Tensors, Tensors> shrink_layers(const Tensor& X, at::TensorList A,
+                                           at::ArrayRef<double> c, const OptionalTensors& scale,
+                                           at::IntArrayRef t, const OptionalTensors& seed) {
+  const Place at("shrink", "X", X);
+  const int64_t M = X.size(0), K = X.size(1);
+  Tensors S, mask;
+  std::vector<Factor> factors;
+  std::vector<cuda::ShrinkLayer> layers;
+  for (size_t i = 0; i < A.size(); ++i) {
+    const optional<Tensor> seed_i = seed.get(i);
+    at.check.factor("A", A[i], A[i].size(0), K);
+    at.check.dropout(t[i], seed_i);
+    factors.emplace_back(c[i], scale.get(i), X.device());
+    S.push_back(at.empty({M, A[i].size(0)}, at::kFloat));
+    mask.push_back(at.empty({t[i] ? M : 0, mask_bytes(K)}, at::kByte));
+    layers.push_back({matrix(A[i]), factors[i].factor, uint32_t(t[i]),
+                      t[i] ? seed_i->data_ptr<int64_t>() : nullptr, mask[i].data_ptr<uint8_t>(),
+                      S[i].data_ptr<float>()});
+  }
+  const int count = int(layers.size());
+  at.run(cuda::shrink_workspace(matrix(X), layers.data(), count),
+         [&](void* workspace, cudaStream_t stream) {
+           return cuda::shrink(matrix(X), layers.data(), count, workspace, stream);
+         });
+  return {S, mask};
+}
+
 std::tuple<Tensor, Tensor> shrink(const Tensor& X, const Tensor& A, double c,
                                   const optional<Tensor>& scale, int64_t t,
                                   const optional<Tensor>& seed) {
-  const Place at("shrink", "X", X);
-  const int64_t M = X.size(0), K = X.size(1), R = A.size(0);
-  at.check.factor("A", A, R, K);
-  at.check.dropout(t, seed);
-  const Factor factor(c, scale, X.device());
-  const Tensor S = at.empty({M, R}, at::kFloat),
-               mask = at.empty({t ? M : 0, mask_bytes(K)}, at::kByte);
-  at.run(cuda::shrink_workspace(matrix(X), matrix(A)), [&](void* workspace, cudaStream_t stream) {
-    return cuda::shrink(matrix(X), matrix(A), factor.factor, uint32_t(t),
-                        t ? seed->data_ptr<int64_t>() : nullptr, mask.data_ptr<uint8_t>(),
-                        S.data_ptr<float>(), workspace, stream);
-  });
-  return {S, mask};
+  const auto [S, mask] =
+      shrink_layers(X, A, c, OptionalTensors({scale}), t, OptionalTensors({seed}));
+  return {S[0], mask[0]};
 }
 
 Tensor expand(const Tensor& X, const Tensor& W, const optional<Tensor>& bias, const Tensor& S,
@@ -129,39 +147,46 @@ std::tuple<Tensor, Tensor> grad_expand(const Tensor& dY, const optional<Tensor>&
   return {dS, dB};
 }
 
-// dA, and m∘(dS A) into dX if it has two dimensions
-static Tensor grad_shrink_into(const Tensor& dX, const Place& at, const Tensor& dS, const Tensor& X,
-                               const optional<Tensor>& mask, const Tensor& A) {
-  const int64_t M = X.size(0), K = X.size(1), R = A.size(0);
+// dA of layers that share X, and the sum of m∘(dS A) into dX if it has two dimensions
+Tensors grad_shrink_into(const Tensor& dX, const Place& at, at::TensorList dS, const Tensor& X,
+                         const OptionalTensors& mask, at::TensorList A) {
+  const int64_t M = X.size(0), K = X.size(1);
   at.check.operand("X", X, M, K);
-  at.check.sums("dS", dS, M, R);
-  at.check.factor("A", A, R, K);
-  at.check.mask(mask, M, K);
-  const Tensor dA = at.empty({R, K}, A.scalar_type());
-  at.run(cuda::grad_shrink_workspace(matrix(X), matrix(A)), [&](void* workspace,
-                                                                cudaStream_t stream) {
-    return cuda::grad_shrink(dS.data_ptr<float>(), matrix(X), data_of(mask), matrix(A), matrix(dA),
-                             dX.dim() == 2 ? matrix(dX) : cuda::Matrix{}, workspace, stream);
-  });
+  Tensors dA;
+  std::vector<cuda::GradShrinkLayer> layers;
+  for (size_t i = 0; i < A.size(); ++i) {
+    const optional<Tensor> mask_i = mask.get(i);
+    at.check.sums("dS", dS[i], M, A[i].size(0));
+    at.check.factor("A", A[i], A[i].size(0), K);
+    at.check.mask(mask_i, M, K);
+    dA.push_back(at.empty(A[i].sizes(), A[i].scalar_type()));
+    layers.push_back({dS[i].data_ptr<float>(), data_of(mask_i), matrix(A[i]), matrix(dA[i])});
+  }
+  const cuda::Matrix out = dX.dim() == 2 ? matrix(dX) : cuda::Matrix{};
+  const int count = int(layers.size());
+  at.run(cuda::grad_shrink_workspace(matrix(X), layers.data(), count, out),
+         [&](void* workspace, cudaStream_t stream) {
+           return cuda::grad_shrink(matrix(X), layers.data(), count, out, workspace, stream);
+         });
   return dA;
 }
 
 Tensor grad_shrink(const Tensor& dS, const Tensor& X, const optional<Tensor>& mask,
                    const Tensor& A) {
   const Place at("grad_shrink", "X", X);
-  return grad_shrink_into(at.empty({0}, X.scalar_type()), at, dS, X, mask, A);
+  return grad_shrink_into(at.empty({0}, X.scalar_type()), at, dS, X, OptionalTensors({mask}), A)[0];
 }
 
-// m∘(dS A) into dX
-static void grad_input_into(const Tensor& dX, const Place& at, const Tensor& dS, const Tensor& A,
-                            const optional<Tensor>& mask) {
+// m∘(dS A) into dX, or added to it
+void grad_input_into(const Tensor& dX, const Place& at, const Tensor& dS, const Tensor& A,
+                     const optional<Tensor>& mask, bool adds = false) {
   const int64_t M = dX.size(0), K = dX.size(1);
   at.check.sums("dS", dS, M, A.size(0));
   at.check.factor("A", A, A.size(0), K);
   at.check.mask(mask, M, K);
   at.run(cuda::grad_input_workspace(matrix(A), matrix(dX)),
          [&](void* workspace, cudaStream_t stream) {
-           return cuda::grad_input(dS.data_ptr<float>(), matrix(A), data_of(mask), matrix(dX),
+           return cuda::grad_input(dS.data_ptr<float>(), matrix(A), data_of(mask), matrix(dX), adds,
                                    workspace, stream);
          });
 }
@@ -223,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dY, const optional<Ten
     at.check.operand("W", *W, dY.size(1), A->size(1));
     dX = at.empty({dY.size(0), A->size(1)}, dY.scalar_type());
   }
-  if (need_dA) dA = grad_shrink_into(dX, at, dS, *X, mask, *A);
+  if (need_dA) dA = grad_shrink_into(dX, at, dS, *X, OptionalTensors({mask}), *A)[0];
   if (need_dX && !need_dA) grad_input_into(dX, at, dS, *A, mask);
   if (need_dX) add_product(dX, dY, *W);
   return {dX, dA, dB};
@@ -239,14 +264,28 @@ std::tuple<Tensors, Tensors, Tensors> multi_forward(const Tensor& X, at::TensorL
   at::AutoDispatchBelowADInplaceOrView guard;
   const size_t count = W.size();
   check_counts(count, bias, A, B, c, scale, t, seed);
+  // of those with ranks
+  Tensors A_of;
+  std::vector<double> c_of;
+  std::vector<int64_t> t_of;
+  OptionalTensors scale_of, seed_of;
+  for (size_t i = 0; i < count; ++i) {
+    if (!rank(B[i])) continue;
+    A_of.push_back(A[i]);
+    c_of.push_back(c[i]);
+    t_of.push_back(t[i]);
+    scale_of.push_back(scale.get(i));
+    seed_of.push_back(seed.get(i));
+  }
+  const auto [S_of, mask_of] = shrink_layers(X, A_of, c_of, scale_of, t_of, seed_of);
   Tensors Y(count), S(count), mask(count);
-  // X is read by one layer after the other, while it may be in cache; then come the base products
-  for (size_t i = 0; i < count; ++i)
-    std::tie(S[i], mask[i]) = rank(B[i]) ? shrink(X, A[i], c[i], scale.get(i), t[i], seed.get(i))
-                                         : std::tuple(no_S(X), no_mask(X));
-  for (size_t i = 0; i < count; ++i)
-    Y[i] = rank(B[i]) ? expand(X, W[i], bias.get(i), S[i], B[i], {B[i].size(0)}, one_block(), 1)
-                      : at::linear(X, W[i], bias.get(i));
+  for (size_t i = 0, of = 0; i < count; ++i) {
+    const bool adapted = rank(B[i]);
+    S[i] = adapted ? S_of[of] : no_S(X);
+    mask[i] = adapted ? mask_of[of++] : no_mask(X);
+    Y[i] = adapted ? expand(X, W[i], bias.get(i), S[i], B[i], {B[i].size(0)}, one_block(), 1)
+                   : at::linear(X, W[i], bias.get(i));
+  }
   return {Y, S, mask};
 }
 
@@ -258,30 +297,41 @@ std::tuple<Tensor, Tensors, Tensors> multi_backward(
   at::AutoDispatchBelowADInplaceOrView guard;
   const size_t count = dY.size();
   check_counts(count, W, A, B, S, mask, c, scale, need_dA, need_dB);
-  const auto weights = W.vec(), factors = A.vec();
   const Place at("multi_backward", "dY", dY[0]);
-  Tensor dX;
-  Tensors dA(count), dB(count);
+  Tensors dS(count), dA(count), dB(count);
+  // those whose dA is asked for
+  std::vector<size_t> trained;
+  Tensors dS_of, A_of;
+  OptionalTensors mask_of;
   for (size_t i = 0; i < count; ++i) {
-    dA[i] = no_gradient(factors[i], need_dA.get(i), B[i]);
+    dA[i] = no_gradient(A.get(i), need_dA.get(i), B[i]);
     dB[i] = no_gradient(B[i], need_dB.get(i), B[i]);
     if (!rank(B[i]) || !(need_dX || need_dA.get(i) || need_dB.get(i))) continue;
-    Tensor dS, part = at.empty({0}, dY[i].scalar_type());
-    std::tie(dS, dB[i]) = grad_expand(dY[i], S.get(i), B[i], c[i], scale.get(i), {B[i].size(0)},
-                                      one_block(), 1, need_dX || need_dA.get(i), need_dB.get(i));
-    if (need_dX)
-      part = at.empty({dY[i].size(0), given("A", factors[i]).size(1)}, dY[i].scalar_type());
-    if (need_dA.get(i))
-      dA[i] = grad_shrink_into(part, at, dS, given("X", X), mask.get(i), given("A", factors[i]));
-    else if (need_dX)
-      grad_input_into(part, at, dS, given("A", factors[i]), mask.get(i));
-    if (need_dX) dX = dX.defined() ? dX.add_(part) : part;
+    std::tie(dS[i], dB[i]) = grad_expand(dY[i], S.get(i), B[i], c[i], scale.get(i), {B[i].size(0)},
+                                         one_block(), 1, need_dX || need_dA.get(i), need_dB.get(i));
+    if (!need_dA.get(i)) continue;
+    trained.push_back(i);
+    dS_of.push_back(dS[i]);
+    A_of.push_back(given("A", A.get(i)));
+    mask_of.push_back(mask.get(i));
+  }
+  Tensor dX = at.empty({0}, dY[0].scalar_type());
+  if (need_dX) dX = at.empty({dY[0].size(0), given("W", W.get(0)).size(1)}, dY[0].scalar_type());
+  bool started = !trained.empty();
+  if (started) {
+    const Tensors found = grad_shrink_into(dX, at, dS_of, given("X", X), mask_of, A_of);
+    for (size_t i = 0; i < trained.size(); ++i) dA[trained[i]] = found[i];
   }
   for (size_t i = 0; need_dX && i < count; ++i) {
-    const Tensor& W_i = given("W", weights[i]);
-    dX = dX.defined() ? add_product(dX, dY[i], W_i) : dY[i].mm(W_i);
+    if (!rank(B[i]) || need_dA.get(i)) continue;
+    grad_input_into(dX, at, dS[i], given("A", A.get(i)), mask.get(i), started);
+    started = true;
   }
-  return {dX.defined() ? dX : at.empty({0}, dY[0].scalar_type()), dA, dB};
+  for (size_t i = 0; need_dX && i < count; ++i, started = true) {
+    const Tensor& W_i = given("W", W.get(i));
+    dX = started ? add_product(dX, dY[i], W_i) : at::mm_out(dX, dY[i], W_i);
+  }
+  return {dX, dA, dB};
 }
 
 TORCH_LIBRARY_IMPL(FASTLORA_NAMESPACE, FASTLORA_KEY, m) {

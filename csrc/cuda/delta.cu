@@ -20,11 +20,11 @@ cudaError_t delta(const Matrix& A, const Matrix& B, Factor c, const Layout& layo
     const Matrix right = {A_g.data, A_g.dtype, K, ranks, A_g.col_stride, A_g.row_stride};
     // by columns of the transpose, as blocks may alternate
     const Matrix transpose = {dW.data, dW.dtype, K, dW.rows, dW.col_stride, dW.row_stride};
-    const cudaError_t error = layout.repeats == 1
-                                  ? low_rank(B_g, right, {}, c, nullptr,
-                                             part(dW, block.offset, 0, n, K), workspace, stream)
-                                  : product(K, n, ranks, view(right), transposed(B_g), {}, c,
-                                            columns(transpose, block, layout), stream);
+    const cudaError_t error =
+        layout.repeats == 1 ? low_rank(B_g, right, {}, c, nullptr, part(dW, block.offset, 0, n, K),
+                                       false, workspace, stream)
+                            : product(K, n, ranks, view(right), transposed(B_g), {}, c,
+                                      columns(transpose, block, layout), stream);
     if (error) return error;
   }
   return cudaSuccess;

@@ -24,7 +24,7 @@ cudaError_t expand(const float* S, const Matrix& B, const Matrix& bias, const La
     const cudaError_t error =
         layout.repeats == 1
             ? low_rank(left, B_g, part(bias, 0, block.offset, 1, n), {}, nullptr,
-                       part(Y, 0, block.offset, M, n), workspace, stream)
+                       part(Y, 0, block.offset, M, n), false, workspace, stream)
             : product(M, n, ranks, view(left), transposed(B_g), columns(bias, block, layout), {},
                       columns(Y, block, layout), stream);
     if (error) return error;

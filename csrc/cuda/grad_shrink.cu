@@ -1,7 +1,9 @@
-// dA = dSᵀ (m∘X), and with it dX = m∘(dS A): X and the mask are read once.
+// dA_i = dS_iᵀ (m_i∘X), and with it dX = Σ m_i∘(dS_i A_i): X and the masks are read once.
 //
 // A block has a slab of 256 columns and a chunk of rows, 32 at a time. What it adds up over its
 // rows is its part of dA; the parts are added up in order.
+#include <algorithm>
+
 #include "fastlora/product.cuh"
 #include "fastlora/reduce.cuh"
 #include "fastlora/split.cuh"
@@ -10,23 +12,40 @@
 namespace fastlora::cuda {
 namespace {
 
-constexpr int kSlab = kWarps * kTileCols, kMostRanks = 64, kStages = 3;
+constexpr int kSlab = kWarps * kTileCols, kStages = 3;
+constexpr int kLeastRanks = 16, kMostRanks = 64, kMostLayers = 3;
 constexpr int kStageVectors = kTileVectors * 32, kRingVectors = kStages * kWarps * kStageVectors;
 
 template <class T, int Ranks, bool Splits>
 using RowsOf = SplitRows<T, Ranks, Splits ? kExactParts : 2>;
 
-template <class T, int Ranks, bool Splits>
+template <class T, int Ranks, int Layers, bool Splits>
 constexpr size_t shared_bytes() {
-  return kRingVectors * sizeof(uint4) + 2 * RowsOf<T, Ranks, Splits>::kBytes;
+  return kRingVectors * sizeof(uint4) + 2 * Layers * RowsOf<T, Ranks, Splits>::kBytes;
 }
 
-// Where A `Splits`, its parts are one above the other.
-template <class T, int Ranks, bool Input, bool Splits>
-__global__ void __launch_bounds__(kThreads, Ranks > (Input ? 16 : 32) ? 1 : 2)
-    grad_shrink_kernel(const float* dS, const T* X, int64_t x_stride, const uint8_t* mask,
-                       const T* A, int64_t a_stride, float* dA, T* dX, int64_t dx_stride, int64_t M,
-                       int64_t chunk, int K, int R) {
+// Of a layer.
+template <class T>
+struct Job {
+  const float* dS;
+  const uint8_t* mask;
+  const T* A;
+  int64_t a_stride;
+  float* dA;
+  int R;
+};
+
+template <class T, int Layers>
+struct Jobs {
+  Job<T> of[Layers];
+};
+
+// Where A `Splits`, its parts are one above the other. `adds`: to dX. More ranks than a tile has
+// are those of a single layer.
+template <class T, int Ranks, int Layers, bool Input, bool Splits>
+__global__ void __launch_bounds__(kThreads, Layers* Ranks > (Input ? 16 : 32) ? 1 : 2)
+    grad_shrink_kernel(const T* X, int64_t x_stride, Jobs<T, Layers> jobs, T* dX, int64_t dx_stride,
+                       bool adds, int64_t M, int64_t chunk, int K) {
   using Rows = RowsOf<T, Ranks, Splits>;
   constexpr int kParts = Splits ? kExactParts : 2, kFactors = Splits ? kRoundedParts : 1;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
@@ -46,171 +65,271 @@ __global__ void __launch_bounds__(kThreads, Ranks > (Input ? 16 : 32) ? 1 : 2)
     commit_copies();
   };
   // the byte that decides each vector
-  uint8_t bytes[kTileVectors];
-  const auto fetch_mask = [&](int64_t row) {
+  uint8_t bytes[Layers][kTileVectors];
+  bool drops = false;
+  Rows rows[Layers];
+  const auto fetch_rows = [&](int64_t row) {
 #pragma unroll
-    for (int i = 0; i < kTileVectors; ++i) {
-      const int64_t m = row + g + 8 * i;
-      bytes[i] = !mask ? 0xFF : m < end && mine < K ? mask[m * row_bytes + mine / 8] : 0;
+    for (int l = 0; l < Layers; ++l) {
+      const Job<T>& job = jobs.of[l];
+      rows[l].fetch(job.dS, Dtype::f32, job.R, 1, row, end, rank, job.R, job.R);
+#pragma unroll
+      for (int i = 0; i < kTileVectors; ++i) {
+        const int64_t m = row + g + 8 * i;
+        const bool exists = m < end && mine < K;
+        bytes[l][i] = !job.mask ? 0xFF : exists ? job.mask[m * row_bytes + mine / 8] : 0;
+      }
     }
   };
 
 #pragma unroll
   for (int s = 0; s < kStages - 1; ++s) fetch(s, begin + s * kTileRows);
-  Rows rows;
-  rows.fetch(dS, Dtype::f32, R, 1, begin, end, rank, R, R);
-  fetch_mask(begin);
-  RightFactor<T, Input ? Ranks : 16> factors[kFactors];
-  if constexpr (Input)
+  fetch_rows(begin);
+  RightFactor<T, Input ? Ranks : 16> factors[Layers][kFactors];
 #pragma unroll
-    for (int i = 0; i < kFactors; ++i)
-      factors[i].fetch(A + i * R * a_stride, 1, a_stride, column, K, 0, R);
+  for (int l = 0; l < Layers; ++l) {
+    const Job<T>& job = jobs.of[l];
+    drops |= job.mask != nullptr;
+    if constexpr (Input)
+#pragma unroll
+      for (int i = 0; i < kFactors; ++i)
+        factors[l][i].fetch(job.A + i * job.R * job.a_stride, 1, job.a_stride, column, K, 0, job.R);
+  }
 
-  float sum[Ranks / 16][4][4] = {};
+  float sum[Layers][Ranks / 16][4][4] = {};
   int slot = 0, filled = kStages - 1, turn = 0;
   for (int64_t row = begin; row < end; row += kTileRows, turn ^= 1) {
-    T* here = split + turn * kParts * Rows::kPart;
-    rows.put(here);
+    T* here = split + turn * Layers * kParts * Rows::kPart;
+    uint32_t kept[Layers];
+#pragma unroll
+    for (int l = 0; l < Layers; ++l) {
+      rows[l].put(here + l * kParts * Rows::kPart);
+      const uint8_t (&b)[kTileVectors] = bytes[l];
+      kept[l] = b[0] | b[1] << 8 | b[2] << 16 | uint32_t(b[3]) << 24;
+    }
     wait_for_copies<kStages - 2>();
     __syncthreads();
     fetch(filled, row + (kStages - 1) * kTileRows);
-    rows.fetch(dS, Dtype::f32, R, 1, row + kTileRows, end, rank, R, R);
+    fetch_rows(row + kTileRows);
     uint4* vectors = ring + slot * kStageVectors;
     filled = slot;
     slot = slot + 1 < kStages ? slot + 1 : 0;
 
-    const uint32_t kept = bytes[0] | bytes[1] << 8 | bytes[2] << 16 | uint32_t(bytes[3]) << 24;
-    if (mask) {
-      // others of the warp read these vectors, too
-#pragma unroll
-      for (int i = 0; i < kTileVectors; ++i) {
-        uint4& x = vectors[i * 32 + place_of(g, q)];
-        x = dropped_by(kept >> 8 * i).keep(x);
-      }
-      fetch_mask(row + kTileRows);
-      __syncwarp();
-    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      uint32_t right[2][2][2];
+      uint4 *upper = vectors + 2 * half * 32, *lower = upper + 32;
+      const uint4 x[2] = {upper[place_of(g, q)], lower[place_of(g, q)]};
+      float out[4][4] = {};
 #pragma unroll
-      for (int pair = 0; pair < 2; ++pair)
-        right_of(right[pair], vectors + 2 * half * 32, vectors + (2 * half + 1) * 32, 2 * pair);
-#pragma unroll
-      for (int part = kParts - 1; part >= 0; --part)
-#pragma unroll
-        for (int tile = 0; tile < Ranks / 16; ++tile) {
-          uint32_t left[4];
-          Rows::left_transposed(left, here + part * Rows::kPart, 16 * half, tile);
-#pragma unroll
-          for (int j = 0; j < 4; ++j) multiply<T>(sum[tile][j], left, right[j / 2][j % 2]);
+      for (int l = 0; l < Layers; ++l) {
+        const T* dS = here + l * kParts * Rows::kPart;
+        const uint32_t keeps = kept[l] >> 16 * half;
+        if (drops) {
+          // others of the warp read these vectors, too
+          if (l) __syncwarp();
+          upper[place_of(g, q)] = dropped_by(keeps).keep(x[0]);
+          lower[place_of(g, q)] = dropped_by(keeps >> 8).keep(x[1]);
+          __syncwarp();
         }
-      if constexpr (Input) {
-        float out[4][4] = {};
+        uint32_t right[2][2][2];
 #pragma unroll
-        for (int i = kFactors - 1; i >= 0; --i)
-          factors[i].multiply_rows(out, here, 16 * half, 2 - i);
+        for (int pair = 0; pair < 2; ++pair) right_of(right[pair], upper, lower, 2 * pair);
+#pragma unroll
+        for (int part = kParts - 1; part >= 0; --part)
+#pragma unroll
+          for (int tile = 0; tile < Ranks / 16; ++tile) {
+            uint32_t left[4];
+            Rows::left_transposed(left, dS + part * Rows::kPart, 16 * half, tile);
+#pragma unroll
+            for (int j = 0; j < 4; ++j) multiply<T>(sum[l][tile][j], left, right[j / 2][j % 2]);
+          }
+        if constexpr (Input) {
+          float term[4][4] = {};
+#pragma unroll
+          for (int i = kFactors - 1; i >= 0; --i)
+            factors[l][i].multiply_rows(term, dS, 16 * half, 2 - i);
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+              out[j][e] += keeps >> (8 * (e / 2) + 2 * j + e % 2) & 1 ? term[j][e] : 0;
+        }
+      }
+      if constexpr (Input)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int64_t m = row + g + 8 * i + 16 * half;
-          const uint4 x = {
-              pack<T>(out[0][2 * i], out[0][2 * i + 1]), pack<T>(out[1][2 * i], out[1][2 * i + 1]),
-              pack<T>(out[2][2 * i], out[2][2 * i + 1]), pack<T>(out[3][2 * i], out[3][2 * i + 1])};
-          const Dropped dropped = dropped_by(kept >> 8 * (2 * half + i));
-          if (m < end && mine < K)
-            *reinterpret_cast<uint4*>(dX + m * dx_stride + mine) = dropped.keep(x);
+          if (m >= end || mine >= K) continue;
+          uint4& place = *reinterpret_cast<uint4*>(dX + m * dx_stride + mine);
+          const uint4 before = adds ? place : uint4{};
+          place = {pack_sum<T>(before.x, out[0][2 * i], out[0][2 * i + 1]),
+                   pack_sum<T>(before.y, out[1][2 * i], out[1][2 * i + 1]),
+                   pack_sum<T>(before.z, out[2][2 * i], out[2][2 * i + 1]),
+                   pack_sum<T>(before.w, out[3][2 * i], out[3][2 * i + 1])};
         }
-      }
     }
   }
 
-  dA += int64_t(blockIdx.y) * R * K;
 #pragma unroll
-  for (int tile = 0; tile < Ranks / 16; ++tile)
+  for (int l = 0; l < Layers; ++l) {
+    const int R = jobs.of[l].R;
+    float* dA = jobs.of[l].dA + int64_t(blockIdx.y) * R * K;
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
+    for (int tile = 0; tile < Ranks / 16; ++tile)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int r = rank + 16 * tile + g + 8 * (e / 2), k = column + 8 * j + 2 * q + e % 2;
-        if (r < R && k < K) dA[int64_t(r) * K + k] = sum[tile][j][e];
-      }
+      for (int j = 0; j < 4; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int r = rank + 16 * tile + g + 8 * (e / 2), k = column + 8 * j + 2 * q + e % 2;
+          if (r < R && k < K) dA[int64_t(r) * K + k] = sum[l][tile][j][e];
+        }
+  }
 }
 
+// Of the first layers, how many one launch is for, and its shape.
 struct Plan {
   bool splits, vectors;
-  int ranks;
+  // with dX
+  bool input;
+  int layers = 1, ranks;
   int64_t slabs, tiles;
   Chunks chunks;
 
-  Plan(const Matrix& X, const Matrix& A)
-      : splits(is_split(X, A)),
-        vectors(is_vectors(X) && (splits || X.dtype == A.dtype) && X.cols < 1 << 30),
-        ranks(A.rows <= 16   ? 16
-              : A.rows <= 32 ? 32
-                             : kMostRanks),
+  Plan(const Matrix& X, const GradShrinkLayer* of, int count, const Matrix& dX)
+      : splits(is_split(X, of[0].A)),
+        vectors(is_vectors(X) && (splits || X.dtype == of[0].A.dtype) && X.cols < 1 << 30),
+        input(vectors && dX.data && is_vectors(dX) && has_input(of[0].A)),
+        ranks(of[0].A.rows <= kLeastRanks ? kLeastRanks
+              : of[0].A.rows <= 32        ? 32
+                                          : kMostRanks),
         slabs(blocks_of(X.cols, kSlab)),
-        tiles(blocks_of(A.rows, ranks)),
-        chunks(X.rows, kTileRows, slabs * tiles) {}
+        tiles(blocks_of(of[0].A.rows, ranks)),
+        chunks(X.rows, kTileRows, slabs * tiles) {
+    const auto fits = [&](const Matrix& A) {
+      return A.rows && A.rows <= kLeastRanks && A.dtype == of[0].A.dtype &&
+             (!input || has_input(A));
+    };
+    if (vectors && fits(of[0].A))
+      while (layers < std::min(count, kMostLayers) && fits(of[layers].A)) ++layers;
+  }
+
+  // of a layer: the bytes of its factor's parts, which come first, and of all
+  size_t factor_bytes(const Matrix& A) const {
+    return splits ? split_workspace(A, kRoundedParts) : 0;
+  }
+  size_t workspace(const Matrix& X, const Matrix& A) const {
+    const int parts = vectors ? chunks.count : product_parts(A.rows, X.cols, X.rows);
+    return factor_bytes(A) + round_up(parts * A.rows * X.cols * sizeof(float), 256);
+  }
+
+ private:
+  // parts of the factor need the registers of as many ranks
+  bool has_input(const Matrix& A) const {
+    return A.rows && A.rows <= (splits ? kMostRanks / 2 : kMostRanks) &&
+           (splits || A.col_stride == 1);
+  }
 };
+
+template <class T, int Ranks, int Layers, bool Input, bool Splits>
+cudaError_t start(const Matrix& X, const Plan& plan, const Job<T>* of, const Matrix& dX, bool adds,
+                  cudaStream_t stream) {
+  Jobs<T, Layers> jobs;
+  for (int l = 0; l < Layers; ++l) jobs.of[l] = of[l];
+  const dim3 grid(unsigned(plan.slabs), plan.chunks.count, unsigned(plan.tiles));
+  return launch(grad_shrink_kernel<T, Ranks, Layers, Input, Splits>, grid, kThreads,
+                shared_bytes<T, Ranks, Layers, Splits>(), stream, static_cast<const T*>(X.data),
+                X.row_stride, jobs, static_cast<T*>(dX.data), dX.row_stride, adds, X.rows,
+                plan.chunks.rows, int(X.cols));
+}
+
+template <class T, bool Input, bool Splits>
+cudaError_t start(const Matrix& X, const Plan& plan, const Job<T>* of, const Matrix& dX, bool adds,
+                  cudaStream_t stream) {
+  if (plan.layers == 3) return start<T, 16, 3, Input, Splits>(X, plan, of, dX, adds, stream);
+  if (plan.layers == 2) return start<T, 16, 2, Input, Splits>(X, plan, of, dX, adds, stream);
+  if (plan.ranks == 16) return start<T, 16, 1, Input, Splits>(X, plan, of, dX, adds, stream);
+  if (plan.ranks == 32) return start<T, 32, 1, Input, Splits>(X, plan, of, dX, adds, stream);
+  if constexpr (Input && Splits)
+    return cudaErrorInvalidValue;
+  else
+    return start<T, 64, 1, Input, Splits>(X, plan, of, dX, adds, stream);
+}
+
+// The layers of one launch.
+cudaError_t grad_shrink_together(const Matrix& X, const Plan& plan, const GradShrinkLayer* layers,
+                                 const Matrix& dX, bool adds, char* workspace,
+                                 cudaStream_t stream) {
+  float* parts[kMostLayers];
+  Matrix A[kMostLayers];
+  for (int l = 0; l < plan.layers; ++l) {
+    A[l] = layers[l].A;
+    if (plan.input && plan.splits)
+      if (const cudaError_t error =
+              split(layers[l].A, kRoundedParts, Stack::rows, workspace, &A[l], stream))
+        return error;
+    parts[l] = reinterpret_cast<float*>(workspace + plan.factor_bytes(layers[l].A));
+    workspace += plan.workspace(X, layers[l].A);
+  }
+  const cudaError_t error = with_type(X.dtype, [&](auto type) {
+    using T = decltype(type);
+    Job<T> jobs[kMostLayers];
+    for (int l = 0; l < plan.layers; ++l)
+      jobs[l] = {layers[l].dS,    layers[l].mask, static_cast<const T*>(A[l].data),
+                 A[l].row_stride, parts[l],       int(layers[l].A.rows)};
+    if constexpr (std::is_same_v<T, __nv_bfloat16>)
+      if (plan.splits)
+        return plan.input ? start<T, true, true>(X, plan, jobs, dX, adds, stream)
+                          : start<T, false, true>(X, plan, jobs, dX, adds, stream);
+    return plan.input ? start<T, true, false>(X, plan, jobs, dX, adds, stream)
+                      : start<T, false, false>(X, plan, jobs, dX, adds, stream);
+  });
+  if (error) return error;
+  for (int l = 0; l < plan.layers; ++l)
+    if (const cudaError_t error = sum_parts(parts[l], plan.chunks.count, layers[l].A.rows * X.cols,
+                                            {}, layers[l].dA, stream))
+      return error;
+  return cudaSuccess;
+}
+
+// Any layer's dA.
+cudaError_t grad_shrink_alone(const Matrix& X, const Plan& plan, const GradShrinkLayer& layer,
+                              char* workspace, cudaStream_t stream) {
+  const int64_t M = X.rows, K = X.cols, R = layer.A.rows;
+  return product_in_parts(R, K, M, transposed(layer.dS, R), masked(view(X), layer.mask, K), {},
+                          view(layer.dA), workspace + plan.factor_bytes(layer.A), stream);
+}
 
 }  // namespace
 
-size_t grad_shrink_workspace(const Matrix& X, const Matrix& A) {
-  const Plan plan(X, A);
-  const int parts = plan.vectors ? plan.chunks.count : product_parts(A.rows, X.cols, X.rows);
-  return parts * A.rows * X.cols * sizeof(float) +
-         (plan.splits ? split_workspace(A, kRoundedParts) : 0);
+size_t grad_shrink_workspace(const Matrix& X, const GradShrinkLayer* layers, int count,
+                             const Matrix& dX) {
+  size_t most = 0;
+  for (int done = 0; done < count;) {
+    const Plan plan(X, layers + done, count - done, dX);
+    size_t bytes = 0;
+    for (int l = 0; l < plan.layers; ++l) bytes += plan.workspace(X, layers[done++].A);
+    most = std::max(most, bytes);
+  }
+  return most;
 }
 
-cudaError_t grad_shrink(const float* dS, const Matrix& X, const uint8_t* mask, const Matrix& A,
-                        const Matrix& dA, const Matrix& dX, void* workspace, cudaStream_t stream) {
-  const int64_t M = X.rows, K = X.cols, R = A.rows;
-  const Plan plan(X, A);
-  // parts of the factor need the registers of as many ranks
-  const bool fused = plan.vectors && R <= (plan.splits ? kMostRanks / 2 : kMostRanks) &&
-                     is_vectors(dX) && (plan.splits || A.col_stride == 1);
-  // for the parts of A, and then for those of dA
-  char* room =
-      static_cast<char*>(workspace) + (plan.splits ? split_workspace(A, kRoundedParts) : 0);
-  if (dX.data && !fused)
-    if (const cudaError_t error = grad_input(dS, A, mask, dX, workspace, stream)) return error;
-  Matrix factor = A;
-  if (dX.data && fused && plan.splits)
-    if (const cudaError_t error = split(A, kRoundedParts, Stack::rows, workspace, &factor, stream))
-      return error;
-  if (!plan.vectors)
-    return product_in_parts(R, K, M, transposed(dS, R), masked(view(X), mask, K), {}, view(dA),
-                            room, stream);
-  float* parts = reinterpret_cast<float*>(room);
-  const cudaError_t error = with_type(X.dtype, [&](auto type) {
-    using T = decltype(type);
-    const auto start = [&](auto ranks, auto input, auto splits) {
-      constexpr int kRanks = decltype(ranks)::value;
-      constexpr bool kInput = decltype(input)::value, kSplits = decltype(splits)::value;
-      const dim3 grid(unsigned(plan.slabs), plan.chunks.count, unsigned(plan.tiles));
-      return launch(grad_shrink_kernel<T, kRanks, kInput, kSplits>, grid, kThreads,
-                    shared_bytes<T, kRanks, kSplits>(), stream, dS, static_cast<const T*>(X.data),
-                    X.row_stride, mask, static_cast<const T*>(factor.data), factor.row_stride,
-                    parts, static_cast<T*>(dX.data), dX.row_stride, M, plan.chunks.rows, int(K),
-                    int(R));
-    };
-    const auto start_for = [&](auto input, auto splits) {
-      if (plan.ranks == 16) return start(std::integral_constant<int, 16>(), input, splits);
-      if (plan.ranks == 32) return start(std::integral_constant<int, 32>(), input, splits);
-      if constexpr (decltype(input)::value && decltype(splits)::value)
-        return cudaErrorInvalidValue;
-      else
-        return start(std::integral_constant<int, 64>(), input, splits);
-    };
-    const std::true_type yes;
-    const std::false_type no;
-    const bool input = dX.data && fused;
-    if constexpr (std::is_same_v<T, __nv_bfloat16>)
-      if (plan.splits) return input ? start_for(yes, yes) : start_for(no, yes);
-    return input ? start_for(yes, no) : start_for(no, no);
-  });
-  if (error) return error;
-  return sum_parts(parts, plan.chunks.count, R * K, {}, dA, stream);
+cudaError_t grad_shrink(const Matrix& X, const GradShrinkLayer* layers, int count, const Matrix& dX,
+                        void* workspace, cudaStream_t stream) {
+  char* room = static_cast<char*>(workspace);
+  for (int done = 0; done < count;) {
+    const GradShrinkLayer* next = layers + done;
+    const Plan plan(X, next, count - done, dX);
+    const bool adds = done > 0;
+    cudaError_t error = cudaSuccess;
+    for (int l = 0; l < plan.layers && dX.data && !plan.input && !error; ++l)
+      error = grad_input(next[l].dS, next[l].A, next[l].mask, dX, adds || l, workspace, stream);
+    if (error) return error;
+    error = plan.vectors ? grad_shrink_together(X, plan, next, dX, adds, room, stream)
+                         : grad_shrink_alone(X, plan, *next, room, stream);
+    if (error) return error;
+    done += plan.layers;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace fastlora::cuda

@@ -1,4 +1,4 @@
-// out = m∘(c left rightᵀ + bias), written as whole vectors: what is read is little.
+// out (+)= m∘(c left rightᵀ + bias), written as whole vectors: what is read is little.
 //
 // A block has a slab of 256 columns, of which each warp keeps its part of the factor in registers,
 // and a chunk of rows, 32 at a time.
@@ -17,7 +17,7 @@ template <class T, int Ranks>
 __global__ void __launch_bounds__(kThreads, Ranks > 16 ? 1 : 2)
     low_rank_kernel(Matrix left, const T* right, int64_t n_stride, int64_t r_stride, int r,
                     Matrix bias, Factor c, const uint8_t* mask, T* out, int64_t out_stride,
-                    int64_t chunk, int N) {
+                    bool adds, int64_t chunk, int N) {
   using Rows = SplitRows<T, Ranks>;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int column = blockIdx.x * kSlab + warp * kTileCols, mine = column + kVector * q;
@@ -57,16 +57,18 @@ __global__ void __launch_bounds__(kThreads, Ranks > 16 ? 1 : 2)
       for (int i = 0; i < kTileVectors; ++i) {
         const int64_t m = row + 8 * i + g;
         if (m >= end || mine >= N) continue;
-        uint32_t words[4];
+        const uint32_t kept = mask ? mask[m * row_bytes + mine / 8] : 0xFF;
+        uint4& place = *reinterpret_cast<uint4*>(out + m * out_stride + mine);
+        const uint4 before = adds ? place : uint4{};
+        const auto pair = [&](uint32_t before, int j) {
+          const float* of = sum[i / 2][j] + i % 2 * 2;
+          float x[2];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float (&pair)[4] = sum[i / 2][j];
-          words[j] = pack<T>(scale * pair[i % 2 * 2] + start[2 * j],
-                             scale * pair[i % 2 * 2 + 1] + start[2 * j + 1]);
-        }
-        uint4 x = {words[0], words[1], words[2], words[3]};
-        if (mask) x = dropped_by(mask[m * row_bytes + mine / 8]).keep(x);
-        *reinterpret_cast<uint4*>(out + m * out_stride + mine) = x;
+          for (int e = 0; e < 2; ++e)
+            x[e] = kept >> (2 * j + e) & 1 ? scale * of[e] + start[2 * j + e] : 0;
+          return pack_sum<T>(before, x[0], x[1]);
+        };
+        place = {pair(before.x, 0), pair(before.y, 1), pair(before.z, 2), pair(before.w, 3)};
       }
 #pragma unroll
       for (int i = 0; i < 32; ++i) sum[i / 16][i / 4 % 4][i % 4] = 0;
@@ -83,12 +85,13 @@ size_t low_rank_workspace(const Matrix& right, const Matrix& out) {
 }
 
 cudaError_t low_rank(const Matrix& left, const Matrix& right, const Matrix& bias, Factor c,
-                     const uint8_t* mask, const Matrix& out, void* workspace, cudaStream_t stream) {
+                     const uint8_t* mask, const Matrix& out, bool adds, void* workspace,
+                     cudaStream_t stream) {
   const int64_t M = out.rows, N = out.cols;
   const bool splits = is_split(out, right);
   if (!is_vectors(out) || (right.dtype != out.dtype && !splits) || N >= 1 << 30)
     return product(M, N, left.cols, view(left), transposed(right), view(bias), c,
-                   masked(view(out), mask, N), stream);
+                   added(masked(view(out), mask, N), adds), stream);
   // its parts are more ranks, which the numbers of `left` are multiplied with again
   Matrix factor = right;
   if (splits)
@@ -103,8 +106,8 @@ cudaError_t low_rank(const Matrix& left, const Matrix& right, const Matrix& bias
     const auto start = [&](auto kernel, size_t shared) {
       return launch(kernel, dim3(unsigned(slabs), chunks.count), kThreads, shared, stream, left,
                     static_cast<const T*>(factor.data), factor.row_stride, factor.col_stride,
-                    int(r), bias, c, mask, static_cast<T*>(out.data), out.row_stride, chunks.rows,
-                    int(N));
+                    int(r), bias, c, mask, static_cast<T*>(out.data), out.row_stride, adds,
+                    chunks.rows, int(N));
     };
     return r <= 16   ? start(low_rank_kernel<T, 16>, 2 * SplitRows<T, 16>::kBytes)
            : r <= 32 ? start(low_rank_kernel<T, 32>, 2 * SplitRows<T, 32>::kBytes)

@@ -94,8 +94,9 @@ __global__ void __launch_bounds__(BlockM* BlockN / (kEach * kEach), 1)
     if (row >= M || col >= N) continue;
     float x = scale * sums[a * (BlockN + 1) + b];
     if (bias.data) x += load(bias.data, bias.dtype, place(bias, 0, col));
-    store(out.data, out.dtype, blockIdx.y * distance + place(out, row, col),
-          kept(out, row, col) ? x : 0);
+    const int64_t at = blockIdx.y * distance + place(out, row, col);
+    x = kept(out, row, col) ? x : 0;
+    store(out.data, out.dtype, at, out.adds ? load(out.data, out.dtype, at) + x : x);
   }
 }
 
@@ -158,6 +159,11 @@ View transposed(const float* data, int64_t cols) {
 View masked(View m, const uint8_t* mask, int64_t K) {
   m.mask = mask;
   m.row_bytes = mask_bytes(K);
+  return m;
+}
+
+View added(View m, bool adds) {
+  m.adds = adds;
   return m;
 }
 

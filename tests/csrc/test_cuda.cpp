@@ -168,10 +168,11 @@ struct Bits {
   int64_t M, K, row_bytes;
   std::vector<uint8_t> bytes;
 
-  Bits(int64_t M, int64_t K, uint32_t t) : M(M), K(K), row_bytes(mask_bytes(K)) {
+  Bits(int64_t M, int64_t K, uint32_t t, int64_t seed = kSeed)
+      : M(M), K(K), row_bytes(mask_bytes(K)) {
     for (int64_t i = 0; i < M * row_bytes; ++i) {
       const int64_t inside = std::min<int64_t>(8, std::max<int64_t>(0, K - i % row_bytes * 8));
-      bytes.push_back(plain_byte(uint64_t(i), kSeed, t) & ((1 << inside) - 1));
+      bytes.push_back(plain_byte(uint64_t(i), seed, t) & ((1 << inside) - 1));
     }
   }
   bool at(int64_t i, int64_t k) const { return bytes[i * row_bytes + k / 8] >> k % 8 & 1; }
@@ -242,6 +243,20 @@ int most_of(Dtypes dtypes) { return dtypes.factors == Dtype::f32 ? 3000 : 2; }
 constexpr float kC = 0.5f, kScale = 4;
 const Factor kFactor = {kC, &kScale};
 
+size_t shrink_workspace(const Matrix& X, const ShrinkLayer& layer) {
+  return shrink_workspace(X, &layer, 1);
+}
+cudaError_t shrink(const Matrix& X, const ShrinkLayer& layer, void* workspace) {
+  return shrink(X, &layer, 1, workspace, nullptr);
+}
+size_t grad_shrink_workspace(const Matrix& X, const GradShrinkLayer& layer, const Matrix& dX) {
+  return grad_shrink_workspace(X, &layer, 1, dX);
+}
+cudaError_t grad_shrink(const Matrix& X, const GradShrinkLayer& layer, const Matrix& dX,
+                        void* workspace) {
+  return grad_shrink(X, &layer, 1, dX, workspace, nullptr);
+}
+
 void test_shrink(Dtypes dtypes, int64_t M, int64_t K, int64_t R, uint32_t t, int layout) {
   Grid X(dtypes.X, M, K, layout), A(dtypes.factors, R, K, layout), S(Dtype::f32, M, R);
   X.fill_with_integers();
@@ -250,10 +265,11 @@ void test_shrink(Dtypes dtypes, int64_t M, int64_t K, int64_t R, uint32_t t, int
   // one float for four bytes of the mask
   Grid mask(Dtype::f32, t ? M : 0, bits.row_bytes / 4);
   if (t >= 65536 && M && K) write(dtypes.X, X.place(0, 0), NAN);
-  twice({&S, &mask}, shrink_workspace(X.view(), A.view()), [&](void* workspace) {
-    return shrink(X.view(), A.view(), kFactor, t, &kSeed, reinterpret_cast<uint8_t*>(mask.data()),
-                  S.floats(), workspace, nullptr);
-  });
+  const auto layer = [&]() -> ShrinkLayer {
+    return {A.view(), kFactor, t, &kSeed, reinterpret_cast<uint8_t*>(mask.data()), S.floats()};
+  };
+  twice({&S, &mask}, shrink_workspace(X.view(), layer()),
+        [&](void* workspace) { return shrink(X.view(), layer(), workspace); });
   S.check([&](int64_t i, int64_t r) {
     double sum = 0;
     for (int64_t k = 0; k < K; ++k)
@@ -300,14 +316,17 @@ void test_grad_input(Dtypes dtypes, int64_t M, int64_t K, int64_t R, uint32_t t,
   dS.fill_with_integers(3000);
   A.fill_with_integers();
   const Bits bits(M, K, t);
+  const bool adds = (M + K + R) % 2;
+  if (adds) dX.fill_with_integers();
+  Grid before = dX;
   twice({&dX}, grad_input_workspace(A.view(), dX.view()), [&](void* workspace) {
-    return grad_input(dS.floats(), A.view(), t ? bits.bytes.data() : nullptr, dX.view(), workspace,
-                      nullptr);
+    return grad_input(dS.floats(), A.view(), t ? bits.bytes.data() : nullptr, dX.view(), adds,
+                      workspace, nullptr);
   });
   dX.check([&](int64_t i, int64_t k) {
     double sum = 0;
     for (int64_t r = 0; r < R; ++r) sum += dS.at(i, r) * A.at(r, k);
-    return t && !bits.at(i, k) ? 0 : sum;
+    return (t && !bits.at(i, k) ? 0 : sum) + (adds ? before.at(i, k) : 0);
   });
 }
 
@@ -320,10 +339,12 @@ void test_grad_shrink(Dtypes dtypes, int64_t M, int64_t K, int64_t R, uint32_t t
   A.fill_with_integers();
   const Bits bits(M, K, t);
   if (t >= 65536 && M && K) write(dtypes.X, X.place(M - 1, K - 1), NAN);
-  twice({&dA, &dX}, grad_shrink_workspace(X.view(), A.view()), [&](void* workspace) {
-    return grad_shrink(dS.floats(), X.view(), t ? bits.bytes.data() : nullptr, A.view(), dA.view(),
-                       with_dX ? dX.view() : Matrix{}, workspace, nullptr);
-  });
+  const auto layer = [&]() -> GradShrinkLayer {
+    return {dS.floats(), t ? bits.bytes.data() : nullptr, A.view(), dA.view()};
+  };
+  const auto out = [&] { return with_dX ? dX.view() : Matrix{}; };
+  twice({&dA, &dX}, grad_shrink_workspace(X.view(), layer(), out()),
+        [&](void* workspace) { return grad_shrink(X.view(), layer(), out(), workspace); });
   dA.check([&](int64_t r, int64_t k) {
     double sum = 0;
     for (int64_t i = 0; i < M; ++i)
@@ -357,6 +378,115 @@ void test_grad_shrinks() {
     for (const uint32_t t : kThresholds) run(33, 72, 16, t, kDense);
     for (int layout = 0; layout < kLayouts; ++layout) run(19, 40, 5, 6554, layout);
   }
+}
+
+// Layers that share X, each of a rank, threshold and seed of its own.
+void test_layers_of_one_input(Dtypes dtypes, int64_t M, int64_t K, const std::vector<int>& ranks,
+                              int layout) {
+  what = std::string("layers of one input ") + name_of(dtypes.X) + " " + name_of(dtypes.factors) +
+         " M, K, layout:" + sizes({M, K, layout}) + ", ranks:";
+  for (const int R : ranks) what += " " + std::to_string(R);
+  const int count = int(ranks.size());
+  Grid X(dtypes.X, M, K, layout), dX(dtypes.X, M, K, layout);
+  X.fill_with_integers();
+  std::vector<int64_t> seeds;
+  std::vector<uint32_t> t;
+  std::vector<Grid> A, S, mask, dS, dA;
+  std::vector<Bits> bits;
+  for (int l = 0; l < count; ++l) {
+    seeds.push_back(kSeed + l);
+    t.push_back(kThresholds[(ranks[l] + l) % 3]);
+    bits.emplace_back(M, K, t[l], seeds[l]);
+    A.push_back(Grid(dtypes.factors, ranks[l], K, layout).fill_with_integers());
+    S.emplace_back(Dtype::f32, M, ranks[l]);
+    mask.emplace_back(Dtype::f32, t[l] ? M : 0, bits[l].row_bytes / 4);
+    dS.push_back(Grid(Dtype::f32, M, ranks[l]).fill_with_integers());
+    dA.emplace_back(dtypes.factors, ranks[l], K, layout);
+  }
+  const auto pointers = [](std::vector<Grid>& grids, std::vector<Grid*> with) {
+    for (Grid& grid : grids) with.push_back(&grid);
+    return with;
+  };
+  const auto forward = [&] {
+    std::vector<ShrinkLayer> layers;
+    for (int l = 0; l < count; ++l)
+      layers.push_back({A[l].view(), kFactor, t[l], &seeds[l],
+                        reinterpret_cast<uint8_t*>(mask[l].data()), S[l].floats()});
+    return layers;
+  };
+  twice(pointers(S, pointers(mask, {})), shrink_workspace(X.view(), forward().data(), count),
+        [&](void* workspace) {
+          return shrink(X.view(), forward().data(), count, workspace, nullptr);
+        });
+  const auto kept = [&](int l, int64_t i, int64_t k) { return !t[l] || bits[l].at(i, k); };
+  for (int l = 0; l < count; ++l) {
+    S[l].check([&](int64_t i, int64_t r) {
+      double sum = 0;
+      for (int64_t k = 0; k < K; ++k) sum += kept(l, i, k) ? X.at(i, k) * A[l].at(r, k) : 0;
+      return kC * kScale * sum;
+    });
+    CHECK(!t[l] || !std::memcmp(mask[l].data(), bits[l].bytes.data(), bits[l].bytes.size()));
+  }
+
+  const auto backward = [&] {
+    std::vector<GradShrinkLayer> layers;
+    for (int l = 0; l < count; ++l)
+      layers.push_back(
+          {dS[l].floats(), t[l] ? bits[l].bytes.data() : nullptr, A[l].view(), dA[l].view()});
+    return layers;
+  };
+  for (const bool with_dX : {true, false}) {
+    const Matrix out = with_dX ? dX.view() : Matrix{};
+    twice(pointers(dA, {&dX}), grad_shrink_workspace(X.view(), backward().data(), count, out),
+          [&](void* workspace) {
+            return grad_shrink(X.view(), backward().data(), count, with_dX ? dX.view() : Matrix{},
+                               workspace, nullptr);
+          });
+    for (int l = 0; l < count; ++l)
+      dA[l].check([&](int64_t r, int64_t k) {
+        double sum = 0;
+        for (int64_t i = 0; i < M; ++i) sum += kept(l, i, k) ? dS[l].at(i, r) * X.at(i, k) : 0;
+        return sum;
+      });
+  }
+  // so small that no sum of some layers is rounded
+  dX.check([&](int64_t i, int64_t k) {
+    double sum = 0;
+    for (int l = 0; l < count; ++l)
+      for (int64_t r = 0; r < ranks[l]; ++r)
+        sum += kept(l, i, k) ? dS[l].at(i, r) * A[l].at(r, k) : 0;
+    return sum;
+  });
+}
+
+// Three of few ranks are one launch, and the sums of each one more.
+void test_launches_of_one_input() {
+  what = "launches of one input";
+  const int64_t M = 37, K = 136, R = 16;
+  Grid X(Dtype::bf16, M, K), A(Dtype::bf16, R, K), S(Dtype::f32, M, R), dA(Dtype::bf16, R, K);
+  for (Grid* grid : {&X, &A, &S}) grid->fill_with_integers();
+  std::vector<uint8_t> mask(M * mask_bytes(K));
+  const std::vector<ShrinkLayer> forward(3, {A.view(), {}, 9, &kSeed, mask.data(), S.floats()});
+  const std::vector<GradShrinkLayer> backward(3, {S.floats(), mask.data(), A.view(), dA.view()});
+  std::vector<char> room(1 << 20);
+  int64_t before = fiber_device.launches;
+  CHECK(!shrink(X.view(), forward.data(), 3, room.data(), nullptr));
+  CHECK(fiber_device.launches - before == 1);
+  before = fiber_device.launches;
+  CHECK(!grad_shrink(X.view(), backward.data(), 3, X.view(), room.data(), nullptr));
+  CHECK(fiber_device.launches - before == 1 + 3);
+}
+
+void test_layers_of_one_input() {
+  for (const Dtypes& dtypes : kDtypes)
+    for (const auto& ranks : std::vector<std::vector<int>>{
+             {16, 16, 16}, {8, 16}, {3, 5, 1}, {4, 40, 8, 8, 8, 8, 16}, {33, 64}})
+      for (const int layout : {kDense, kPadded, kOdd}) {
+        if (dtypes.X == Dtype::f16 && layout != kDense) continue;
+        test_layers_of_one_input(dtypes, 37, 136, ranks, layout);
+      }
+  test_layers_of_one_input(kDtypes[0], 5, 2184, {16, 7, 2}, kDense);
+  test_layers_of_one_input(kDtypes[0], 130, 296, {16, 7, 2}, kDense);
 }
 
 // Blocks of these widths in each of `repeats` repeats; a negative width: not adapted.
@@ -539,16 +669,17 @@ void test_rounding() {
     Grid dY = random(dtype, M, N), S = random(Dtype::f32, M, r), dS = random(Dtype::f32, M, r);
     Grid out_S(Dtype::f32, M, r), out_dS(Dtype::f32, M, r), Y(dtype, M, N), dX(dtype, M, K);
     Grid dA(of_factors, r, K), dB(of_factors, N, r), dW(of_factors, N, K);
-    std::vector<char> room(shrink_workspace(X.view(), A.view()) +
-                           grad_shrink_workspace(X.view(), A.view()) +
-                           expand_workspace(B.view(), Y.view()) +
-                           grad_expand_workspace(dY.view(), B.view(), whole.layout()));
+    std::vector<char> room(
+        shrink_workspace(X.view(), {A.view(), {}, t, &kSeed, nullptr, nullptr}) +
+        grad_shrink_workspace(X.view(), {nullptr, nullptr, A.view(), {}}, dX.view()) +
+        expand_workspace(B.view(), Y.view()) +
+        grad_expand_workspace(dY.view(), B.view(), whole.layout()));
     std::vector<uint8_t> mask(bits.bytes.size());
     const auto kept = [&](int64_t i, int64_t k) { return bits.at(i, k) ? X.at(i, k) : 0; };
 
     next("S");
-    CHECK(!shrink(X.view(), A.view(), {1.1f}, t, &kSeed, mask.data(), out_S.floats(), room.data(),
-                  nullptr));
+    CHECK(
+        !shrink(X.view(), {A.view(), {1.1f}, t, &kSeed, mask.data(), out_S.floats()}, room.data()));
     check_rounding(
         out_S, K, 1.1f, [&](int64_t i, int64_t, int64_t k) { return kept(i, k); },
         [&](int64_t, int64_t l, int64_t k) { return A.at(l, k); });
@@ -567,8 +698,8 @@ void test_rounding() {
     check_rounding(
         dB, M, 1, [&](int64_t n, int64_t, int64_t i) { return dY.at(i, n); },
         [&](int64_t, int64_t l, int64_t i) { return S.at(i, l); });
-    CHECK(!grad_shrink(dS.floats(), X.view(), mask.data(), A.view(), dA.view(), dX.view(),
-                       room.data(), nullptr));
+    CHECK(!grad_shrink(X.view(), {dS.floats(), mask.data(), A.view(), dA.view()}, dX.view(),
+                       room.data()));
     next("dA");
     check_rounding(
         dA, M, 1, [&](int64_t l, int64_t, int64_t i) { return dS.at(i, l); },
@@ -600,7 +731,7 @@ void test_not_numbers() {
     write(dtype, X.place(i, k), NAN);
     write(dtype, dY.place(i, n), NAN);
     std::vector<char> room(1 << 20);
-    CHECK(!shrink(X.view(), A.view(), {}, 0, nullptr, nullptr, S.floats(), room.data(), nullptr));
+    CHECK(!shrink(X.view(), {A.view(), {}, 0, nullptr, nullptr, S.floats()}, room.data()));
     CHECK(!expand(S.floats(), B.view(), {}, whole.layout(), Y.view(), room.data(), nullptr));
     CHECK(!grad_expand(dY.view(), S.floats(), B.view(), {}, whole.layout(), dS.floats(), dB.view(),
                        room.data(), nullptr));
@@ -615,8 +746,8 @@ void test_not_numbers() {
     // S is NaN there, too
     only(dB, [](int64_t, int64_t) { return true; });
     dS.fill_with_integers();
-    CHECK(!grad_shrink(dS.floats(), X.view(), nullptr, A.view(), dA.view(), dX.view(), room.data(),
-                       nullptr));
+    CHECK(!grad_shrink(X.view(), {dS.floats(), nullptr, A.view(), dA.view()}, dX.view(),
+                       room.data()));
     only(dA, [=](int64_t, int64_t column) { return column == k; });
     only(dX, [](int64_t, int64_t) { return false; });
   }
@@ -861,13 +992,11 @@ void test_large_offsets() {
     Grid far_dA = dA, far_dB = B, far_S = S;
     const auto all = [&](const Matrix& X, const Matrix& Y, const Matrix& dX, Grid& dA, Grid& dB,
                          Grid& of_S) {
-      CHECK(!shrink(X, A.view(), {}, 32768, &kSeed, mask.data(), of_S.floats(), room.data(),
-                    nullptr));
+      CHECK(!shrink(X, {A.view(), {}, 32768, &kSeed, mask.data(), of_S.floats()}, room.data()));
       CHECK(!expand(S.floats(), B.view(), {}, whole.layout(), Y, room.data(), nullptr));
       CHECK(!grad_expand(X, S.floats(), B.view(), {}, whole.layout(), nullptr, dB.view(),
                          room.data(), nullptr));
-      CHECK(
-          !grad_shrink(S.floats(), X, mask.data(), A.view(), dA.view(), dX, room.data(), nullptr));
+      CHECK(!grad_shrink(X, {S.floats(), mask.data(), A.view(), dA.view()}, dX, room.data()));
     };
     all(X.view(), Y.view(), dX.view(), dA, dB, of_S);
     all(far_X.matrix, far_Y.matrix, far_dX.matrix, far_dA, far_dB, far_S);
@@ -884,6 +1013,8 @@ int main() {
   test_bytes_of_the_mask();
   test_shrinks();
   test_grad_shrinks();
+  test_layers_of_one_input();
+  test_launches_of_one_input();
   test_blocks();
   test_rounding();
   test_not_numbers();

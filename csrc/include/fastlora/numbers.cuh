@@ -52,6 +52,14 @@ __device__ uint32_t pack(T first, T second) {
   return low | uint32_t(high) << 16;
 }
 
+// With these added to a pair.
+template <class T>
+__device__ uint32_t pack_sum(uint32_t pair, float first, float second) {
+  using Bits = std::conditional_t<std::is_same_v<T, __nv_bfloat16>, __nv_bfloat16_raw, __half_raw>;
+  const T low(Bits{uint16_t(pair)}), high(Bits{uint16_t(pair >> 16)});
+  return pack<T>(float(low) + first, float(high) + second);
+}
+
 // x as the sum of numbers of 16 bits, so that tensor cores multiply it with more bits of mantissa.
 template <class T, int Parts>
 struct Split {

@@ -17,6 +17,8 @@ struct View {
   // where there is one, elements without a bit count as zero, and are written as zero
   const uint8_t* mask = nullptr;
   int64_t row_bytes = 0;
+  // of a result: to what it was
+  bool adds = false;
 };
 
 View view(const Matrix& m);
@@ -24,6 +26,7 @@ View transposed(const Matrix& m);
 View contiguous(const float* data, int64_t cols);
 View transposed(const float* data, int64_t cols);
 View masked(View m, const uint8_t* mask, int64_t K);
+View added(View m, bool adds);
 // the columns of a block
 View columns(const Matrix& m, const Block& block, const Layout& layout);
 

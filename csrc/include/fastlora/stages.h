@@ -46,12 +46,21 @@ struct Layout {
   int period, repeats;
 };
 
-// S = c (m∘X) Aᵀ, drawing m where t > 0.
+// S = c (m∘X) Aᵀ, drawing m where t > 0; of layers that share X, in as few reads of it as their
+// ranks allow.
 // X: (M, K), A: (R, K), seed: 64 bits, mask: (M, 4 * ceil(K / 32)) bytes, aligned to 4 and written,
 // S: (M, R), contiguous. R may be 0.
-size_t shrink_workspace(const Matrix& X, const Matrix& A);
-cudaError_t shrink(const Matrix& X, const Matrix& A, Factor c, uint32_t t, const int64_t* seed,
-                   uint8_t* mask, float* S, void* workspace, cudaStream_t stream);
+struct ShrinkLayer {
+  Matrix A;
+  Factor c;
+  uint32_t t;
+  const int64_t* seed;
+  uint8_t* mask;
+  float* S;
+};
+size_t shrink_workspace(const Matrix& X, const ShrinkLayer* layers, int count);
+cudaError_t shrink(const Matrix& X, const ShrinkLayer* layers, int count, void* workspace,
+                   cudaStream_t stream);
 
 // Y = S_g B_gᵀ + bias on the features of adapted block g, bias or 0 on the others; the product with
 // W is the caller's.
@@ -68,17 +77,23 @@ cudaError_t grad_expand(const Matrix& dY, const float* S, const Matrix& B, Facto
                         const Layout& layout, float* dS, const Matrix& dB, void* workspace,
                         cudaStream_t stream);
 
-// dA = dSᵀ (m∘X) and, where it has data, dX = m∘(dS A), from one read of the mask; the product of
-// dY and W is the caller's.
+// dA = dSᵀ (m∘X) of each layer and, where it has data, dX = Σ m∘(dS A), from as few reads of X and
+// the masks as the ranks allow; the product of dY and W is the caller's.
 // dS: (M, R), contiguous, X and dX: (M, K), mask: as shrink wrote it or null, A and dA: (R, K).
-size_t grad_shrink_workspace(const Matrix& X, const Matrix& A);
-cudaError_t grad_shrink(const float* dS, const Matrix& X, const uint8_t* mask, const Matrix& A,
-                        const Matrix& dA, const Matrix& dX, void* workspace, cudaStream_t stream);
+struct GradShrinkLayer {
+  const float* dS;
+  const uint8_t* mask;
+  Matrix A, dA;
+};
+size_t grad_shrink_workspace(const Matrix& X, const GradShrinkLayer* layers, int count,
+                             const Matrix& dX);
+cudaError_t grad_shrink(const Matrix& X, const GradShrinkLayer* layers, int count, const Matrix& dX,
+                        void* workspace, cudaStream_t stream);
 
-// dX = m∘(dS A) alone.
+// dX = m∘(dS A) alone; what dX was is added where it `adds`.
 size_t grad_input_workspace(const Matrix& A, const Matrix& dX);
 cudaError_t grad_input(const float* dS, const Matrix& A, const uint8_t* mask, const Matrix& dX,
-                       void* workspace, cudaStream_t stream);
+                       bool adds, void* workspace, cudaStream_t stream);
 
 // dW = c B_g A_g on the rows of adapted block g, 0 on the others.
 // A: (R, K), B: (adapted features, r), dW: (N, K).
