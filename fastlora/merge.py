@@ -242,7 +242,12 @@ def _may_overflow(
     return False
 
 
-_MODULES = {"reference": reference_merge, "native": native_merge, "triton": triton_merge}
+_MODULES = {
+    "reference": reference_merge,
+    "native": native_merge,
+    "triton": triton_merge,
+    "cutlass": native_merge,
+}
 
 
 def _kernels(weight: Tensor) -> ModuleType:
