@@ -16,8 +16,7 @@ namespace {
 // dX += dY W
 Tensor add_product(Tensor dX, const Tensor& dY, const Tensor& W) {
 #if defined(FASTLORA_EMULATED)
-  // the CPU's BLAS is less accurate for so few rows, see cpu_stages.cpp
-  if (dX.size(0) < 4 && dX.scalar_type() == at::kFloat) return dX.add_(dY.mm(W));
+  if (is_thin(dX)) return dX.add_(dY.mm(W));
 #endif
   return dX.addmm_(dY, W);
 }
