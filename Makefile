@@ -106,8 +106,9 @@ gpu: $(call needs,test) $(call needs,bench)
 	@$(pytest) -q -m gpu --continue-on-collection-errors $(if $(JOBS),-n $(JOBS)) $(ARGS); \
 	tests=$$?; $(py) -m benchmarks.bench_stages $(out); \
 	stages=$$?; $(py) -m benchmarks.bench_layer $(out); \
-	layers=$$?; echo "exit status: tests $$tests, stages $$stages, layers $$layers"; \
-	test $$tests = 0 -o $$tests = 5 && test $$stages = 0 && test $$layers = 0
+	layers=$$?; $(py) -m benchmarks.bench_shared --quick --backend native $(out); \
+	shared=$$?; echo "exit status: tests $$tests, stages $$stages, layers $$layers, shared $$shared"; \
+	test $$tests = 0 -o $$tests = 5 && test $$stages$$layers$$shared = 000
 
 dist: $(call needs,test)
 	$(py) -m build --no-isolation
