@@ -57,7 +57,10 @@ class Mergeable(nn.Module):
     def why_not_merged(self) -> str | None:
         """Why the weight cannot take the update in, in words, or None."""
         if self.weight_is_shared:
-            return "its weight is shared with another module, whose output would change with it"
+            return (
+                "its weight is shared with another module, whose output would change with it; "
+                "untie the weights first"
+            )
         if computed := [n for n in ("weight", "lora_A", "lora_B") if n not in self._parameters]:
             return f"its {computed[0]} is computed from other tensors (pruned or parametrized)"
         if not _is_plain(self.weight):

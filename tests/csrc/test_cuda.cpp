@@ -479,13 +479,11 @@ void test_launches_of_one_input() {
 
 void test_layers_of_one_input() {
   for (const Dtypes& dtypes : kDtypes)
-    for (const auto& ranks : std::vector<std::vector<int>>{
-             {16, 16, 16}, {8, 16}, {3, 5, 1}, {4, 40, 8, 8, 8, 8, 16}, {33, 64}})
-      for (const int layout : {kDense, kPadded, kOdd}) {
-        if (dtypes.X == Dtype::f16 && layout != kDense) continue;
-        test_layers_of_one_input(dtypes, 37, 136, ranks, layout);
-      }
-  test_layers_of_one_input(kDtypes[0], 5, 2184, {16, 7, 2}, kDense);
+    for (const auto& ranks :
+         std::vector<std::vector<int>>{{16, 16, 16}, {3, 5}, {4, 40, 8, 8, 8, 8, 16}})
+      test_layers_of_one_input(dtypes, 37, 136, ranks, ranks.size() > 3 ? kPadded : kDense);
+  for (const int layout : {kDense, kOdd})
+    test_layers_of_one_input(kDtypes[0], 5, 2184, {16, 7, 2}, layout);
   test_layers_of_one_input(kDtypes[0], 130, 296, {16, 7, 2}, kDense);
 }
 
