@@ -92,14 +92,23 @@ bench-full: $(call needs,bench-full)
 	$(py) -m benchmarks.bench_layer --full $(out)
 	$(py) -m benchmarks.bench_merge $(out)
 
+# does the extension lack the fused products, though CUTLASS's headers and a GPU for them are there?
+lacks := import sys, torch; from importlib.util import find_spec; from fastlora.backends import native; \
+         sys.exit(native._C.build_info()["cutlass"] or not find_spec("cutlass_library") \
+                  or torch.cuda.get_device_capability() != (9, 0))
+with-cutlass := FASTLORA_BUILD=1 FASTLORA_CUDA=1 FASTLORA_CUTLASS=1
+
 # what fails does not keep the rest from being run, since no wrong result is timed; 5: no test found
 gpu: $(call needs,test) $(call needs,bench)
 	@$(py) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "gpu: torch finds no GPU")'
+	@! $(py) -c '$(lacks)' 2>/dev/null || $(with-cutlass) $(py) -m pip install -qq --no-deps --no-build-isolation -e . \
+	|| echo "gpu: goes on without the fused products"
 	@$(pytest) -q -m gpu --continue-on-collection-errors $(if $(JOBS),-n $(JOBS)) $(ARGS); \
 	tests=$$?; $(py) -m benchmarks.bench_stages $(out); \
 	stages=$$?; $(py) -m benchmarks.bench_layer $(out); \
-	layers=$$?; echo "exit status: tests $$tests, stages $$stages, layers $$layers"; \
-	test $$tests = 0 -o $$tests = 5 && test $$stages = 0 && test $$layers = 0
+	layers=$$?; $(py) -m benchmarks.bench_shared --quick --backend native $(out); \
+	shared=$$?; echo "exit status: tests $$tests, stages $$stages, layers $$layers, shared $$shared"; \
+	test $$tests = 0 -o $$tests = 5 && test $$stages$$layers$$shared = 000
 
 dist: $(call needs,test)
 	$(py) -m build --no-isolation

@@ -5,6 +5,9 @@ FASTLORA_BUILD says what to do about it: ``auto`` (default) builds it where that
 kernels, which ``auto`` builds for a torch with CUDA, where nvcc is on PATH or in CUDA_HOME.
 TORCH_CUDA_ARCH_LIST names the architectures they are compiled for; without it, those of the GPUs
 that are visible, or else all that the kernels were tested for.
+
+FASTLORA_CUTLASS=1 adds the products in one kernel with their low-rank term, for GPUs of compute
+capability 9.0; they need the headers of the package nvidia-cutlass, and are left out by default.
 """
 
 import os
@@ -13,20 +16,27 @@ import shutil
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import setup
 
 MODE = os.environ.get("FASTLORA_BUILD", "auto")
 CUDA_MODE = os.environ.get("FASTLORA_CUDA", "auto")
+CUTLASS_MODE = os.environ.get("FASTLORA_CUTLASS", "0")
+MODES = {"FASTLORA_BUILD": MODE, "FASTLORA_CUDA": CUDA_MODE, "FASTLORA_CUTLASS": CUTLASS_MODE}
 # merging depends on the order of roundings: no contraction but where the source says fma
 COMPILE_ARGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fopenmp"]
 INCLUDES = ("csrc", "csrc/cpu", "csrc/include")
 SOURCES = sorted(Path("csrc").rglob("*.cpp"))
-KERNELS = sorted(Path("csrc").rglob("*.cu"))
+CUTLASS_KERNELS = sorted(Path("csrc/cutlass").glob("*.cu"))
+CUTLASS_BINDINGS = sorted(Path("csrc/bindings").glob("cutlass_*.cpp"))
+KERNELS = sorted(set(Path("csrc").rglob("*.cu")) - set(CUTLASS_KERNELS))
 CUDA_BINDINGS = sorted(Path("csrc/bindings").glob("cuda_*.cpp"))
 # code for 8.0 runs on 8.6 and 8.9, and what comes after 9.0 is compiled from PTX when it is loaded
 ARCHITECTURES = "8.0;9.0+PTX"
+# wgmma is there on this one alone
+CUTLASS_ARCHITECTURE = "9.0a"
 
 
 def obstacle():
@@ -57,6 +67,25 @@ def cuda_obstacle():
     if not nvcc():
         return "nvcc is neither in CUDA_HOME nor on PATH"
     return None
+
+
+def cutlass_obstacle():
+    """Why the kernels on CUTLASS cannot be built, or None."""
+    if reason := obstacle() or cuda_obstacle():
+        return reason
+    if not any(name.startswith("9.0") for name in architectures()):
+        listed = ";".join(architectures())
+        return f"TORCH_CUDA_ARCH_LIST: got {listed!r}, expected 9.0 among them"
+    if not cutlass_headers():
+        return "the package nvidia-cutlass, which has CUTLASS's headers, is not installed"
+    return None
+
+
+def cutlass_headers():
+    """The folder of CUTLASS's headers, or None."""
+    found = find_spec("cutlass_library")
+    folders = found.submodule_search_locations if found else None
+    return Path(folders[0]) / "source/include" if folders else None
 
 
 def nvcc():
@@ -95,12 +124,13 @@ def gencode(architecture):
         yield f"-gencode=arch=compute_{number},code=compute_{number}"
 
 
-def compile_kernels(folder):
-    """Compiles what has changed; returns the objects."""
+def compile_kernels(folder, sources, names, *options):
+    """Compiles what has changed for these architectures; returns the objects."""
     folder.mkdir(parents=True, exist_ok=True)
     headers = [path for path in Path("csrc/include").rglob("*") if path.is_file()]
-    flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Icsrc/include"]
-    flags += [flag for architecture in architectures() for flag in gencode(architecture)]
+    headers += Path("csrc/cutlass").glob("*.cuh")
+    flags = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Icsrc/include", *options]
+    flags += [flag for architecture in names for flag in gencode(architecture)]
     # other flags, other objects
     stamp = folder / "flags"
     if not stamp.exists() or stamp.read_text() != " ".join(flags):
@@ -116,13 +146,13 @@ def compile_kernels(folder):
         return str(out)
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-        return list(pool.map(build, KERNELS))
+        return list(pool.map(build, sources))
 
 
 def add_cuda(module, folder):
     """Adds the CUDA kernels and their bindings to the extension."""
     start, names = time.monotonic(), " ".join(architectures())
-    module.extra_objects += compile_kernels(folder)
+    module.extra_objects += compile_kernels(folder, KERNELS, architectures())
     print(f"fastlora: CUDA kernels for {names}, built in {time.monotonic() - start:.0f} s")
     module.sources += map(str, CUDA_BINDINGS)
     module.define_macros.append(("FASTLORA_CUDA", f'"{names}"'))
@@ -134,8 +164,20 @@ def add_cuda(module, folder):
     module.extra_link_args.append("-Wl,--exclude-libs,libcudart_static.a")
 
 
+def add_cutlass(module, folder):
+    """Adds the kernels on CUTLASS and their bindings."""
+    start, names = time.monotonic(), [CUTLASS_ARCHITECTURE]
+    # its assertions in device code cost time in every step of a loop
+    options = ("-isystem", str(cutlass_headers()), "--expt-relaxed-constexpr", "-DNDEBUG")
+    module.extra_objects += compile_kernels(folder, CUTLASS_KERNELS, names, *options)
+    seconds = time.monotonic() - start
+    print(f"fastlora: CUTLASS kernels for {CUTLASS_ARCHITECTURE}, built in {seconds:.0f} s")
+    module.sources += map(str, CUTLASS_BINDINGS)
+    module.define_macros.append(("FASTLORA_CUTLASS", None))
+
+
 def give_up(reason):
-    for name, mode in (("FASTLORA_BUILD", MODE), ("FASTLORA_CUDA", CUDA_MODE)):
+    for name, mode in MODES.items():
         if mode == "1":
             raise SystemExit(f"fastlora: {name}=1, but the extension cannot be built: {reason}")
     print(f"fastlora: installing without the C++ extension: {reason}")
@@ -144,7 +186,13 @@ def give_up(reason):
 def give_up_cuda(reason):
     if CUDA_MODE == "1":
         raise SystemExit(f"fastlora: FASTLORA_CUDA=1, but the kernels cannot be built: {reason}")
+    if CUTLASS_MODE == "1":
+        give_up_cutlass(reason)
     print(f"fastlora: building without CUDA kernels: {reason}")
+
+
+def give_up_cutlass(reason):
+    raise SystemExit(f"fastlora: FASTLORA_CUTLASS=1, but the kernels cannot be built: {reason}")
 
 
 def extension():
@@ -155,7 +203,7 @@ def extension():
     # loaded, as a second one would compete with it for the cores
     module = CppExtension(
         "fastlora._C",
-        [str(path) for path in SOURCES if path not in CUDA_BINDINGS],
+        [str(path) for path in SOURCES if path not in (*CUDA_BINDINGS, *CUTLASS_BINDINGS)],
         include_dirs=[str(Path(folder).absolute()) for folder in INCLUDES],
         extra_compile_args=list(COMPILE_ARGS),
     )
@@ -175,14 +223,23 @@ def extension():
                     add_cuda(module, Path(self.build_temp) / "cuda")
                 except (subprocess.CalledProcessError, ValueError) as error:
                     give_up_cuda(error)
+            if CUTLASS_MODE == "1":
+                try:
+                    add_cutlass(module, Path(self.build_temp) / "cutlass")
+                except subprocess.CalledProcessError as error:
+                    give_up_cutlass(error)
             super().build_extensions()
 
     return {"ext_modules": [module], "cmdclass": {"build_ext": Build}}
 
 
-for name, mode in (("FASTLORA_BUILD", MODE), ("FASTLORA_CUDA", CUDA_MODE)):
-    if mode not in ("auto", "0", "1"):
-        raise SystemExit(f"fastlora: {name} must be auto, 0 or 1, got {mode!r}")
+for name, mode in MODES.items():
+    usual = () if name == "FASTLORA_CUTLASS" else ("auto",)
+    if mode not in (*usual, "0", "1"):
+        expected = "".join(f"{word}, " for word in usual) + "0 or 1"
+        raise SystemExit(f"fastlora: {name} must be {expected}, got {mode!r}")
+if CUTLASS_MODE == "1" and (reason := cutlass_obstacle()):
+    give_up_cutlass(reason)
 reason = obstacle()
 if reason:
     give_up(reason)

@@ -1,8 +1,8 @@
 """Layers that share an input (q, k and v; gate and up): in one call, and in a call for each.
 
-Run with ``python -m benchmarks.bench_shared [--quick] [--out DIR]``. Before a shape is timed, both
-are compared: outputs and gradients of factors bit for bit, and the gradient of x, a sum in another
-order, by the rule of ``fastlora.testing``.
+Run with ``python -m benchmarks.bench_shared [--quick] [--backend NAME] [--out DIR]``. Before a
+shape is timed, both are compared: outputs and gradients of factors bit for bit, and the gradient of
+x, a sum in another order, by the rule of ``fastlora.testing``.
 """
 
 import argparse
@@ -19,11 +19,12 @@ from benchmarks import harness, memory, report
 from benchmarks.harness import Spread
 from benchmarks.shapes import DROPOUT
 from benchmarks.terminal import Console
-from fastlora import testing
+from fastlora import backends, testing
 from fastlora.functional import lora_linear, multi_lora_linear
 
 FROZEN, APART, TOGETHER = "frozen linears", "a call for each", "one call"
 TOKENS, QUICK_TOKENS = (32, 512, 2048, 8192), (32, 512)
+GPU_TOKENS = (8192,)
 # K, and N of each: q, k and v of BERT-base or GPT-2, and of Llama-3-8B; its gate and up
 CPU_LAYERS = ((768, (768, 768, 768)), (768, (3072, 3072)))
 GPU_LAYERS = ((4096, (4096, 1024, 1024)), (4096, (14336, 14336)))
@@ -144,21 +145,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.bench_shared", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few tokens only")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--backend", default="auto", choices=("auto", *backends.NAMES))
     parser.add_argument("--out", type=Path, help="folder for the results")
     options = parser.parse_args()
     device, console = torch.device(options.device), Console()
     layers = GPU_LAYERS if device.type == "cuda" else CPU_LAYERS
-    rows = [
-        row
-        for K, widths in layers
-        for M in (QUICK_TOKENS if options.quick else TOKENS)
-        for p in DROPOUT
-        for row in measure(M, K, widths, p, device)
-    ]
+    quick = GPU_TOKENS if device.type == "cuda" else QUICK_TOKENS
+    tokens = quick if options.quick else TOKENS
+    with backends.use_backend(options.backend):
+        rows = [
+            row
+            for K, widths in layers
+            for M in tokens
+            for p in DROPOUT
+            for row in measure(M, K, widths, p, device)
+        ]
     found = table(rows)
     found.show(console)
     folder = report.folder_for(device, options.out)
-    record = report.record_head(device) | {"rows": [asdict(row) for row in rows]}
+    record = report.record_head(device)
+    record |= {"backend": options.backend, "rows": [asdict(row) for row in rows]}
     environment = report.environment_markdown(record["environment"])
     report.write(
         folder,

@@ -184,6 +184,21 @@ def compiled(o: Operands) -> dict[str, Stage]:
     return {f"{name}{NATIVE}": replace(triton[name], step=step) for name, step in steps.items()}
 
 
+def fused(o: Operands) -> dict[str, Stage]:
+    """The fused products on CUTLASS, where they are built and take this shape."""
+    from fastlora.backends import cutlass
+
+    if cutlass.why_not() or o.X.device.type != "cuda" or o.X.dtype == torch.float32:
+        return {}
+    triton = kernels(o)
+    steps: dict[str, Step] = {
+        "grad_input_fused": lambda: cutlass.grad_input(o.dY, o.W, o.dS, o.A, o.mask)
+    }
+    if o.shape.enable_lora is None:
+        steps["expand_fused"] = lambda: cutlass.expand(o.X, o.W, o.bias, o.S, o.B, o.blocks)
+    return {f"{name}{CUTLASS}": replace(triton[name], step=step) for name, step in steps.items()}
+
+
 def products(o: Operands) -> dict[str, Stage]:
     """The base products, and the same added to what is there."""
     x, w, y = map(_size, (o.X, o.W, o.dY))
@@ -197,8 +212,8 @@ def products(o: Operands) -> dict[str, Stage]:
 
 
 PLAIN = ("X Wᵀ", "dY W")
-# after the name of a stage in CUDA C++
-NATIVE = " (native)"
+# after the name of a stage in CUDA C++, and of one on CUTLASS
+NATIVE, CUTLASS = " (native)", " (cutlass)"
 # what is compared with what, round by round
 AGAINST = {
     "Y += X Wᵀ": "X Wᵀ",
@@ -211,6 +226,8 @@ AGAINST = {
     },
     f"expand, in place{NATIVE}": "X Wᵀ",
     f"grad_input, in place{NATIVE}": "dY W",
+    f"expand_fused{CUTLASS}": f"expand, in place{NATIVE}",
+    f"grad_input_fused{CUTLASS}": f"grad_input, in place{NATIVE}",
 }
 
 
@@ -287,13 +304,13 @@ def close(got: Any, expected: Any, operands: Tensor) -> bool:
 def measure(shape: Shape, device: torch.device, best: Ceilings) -> tuple[list[Row], dict[str, str]]:
     """All stages of one shape, in the same rounds; and what was wrong, which is not timed."""
     o = Operands(shape, device)
-    ours = in_place(o) | kernels(o) | compiled(o)
+    ours = in_place(o) | kernels(o) | compiled(o) | fused(o)
     expected = reference_of(o)
     failed = {}
     for name, stage in list(ours.items()):
         try:
             got = stage.step()
-            truth = expected.get(name.removesuffix(NATIVE))
+            truth = expected.get(name.removesuffix(NATIVE).removesuffix(CUTLASS))
             if truth and not close(got, truth(), o.X):
                 failed[name] = "differs from the reference"
         except Exception as error:

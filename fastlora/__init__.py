@@ -23,6 +23,7 @@ from fastlora.models import (
     lora_state_dict,
     mark_only_lora_as_trainable,
     merged,
+    merged_state_dict,
     switch,
 )
 from fastlora.version import __version__
@@ -47,6 +48,7 @@ __all__ = [
     "lora_state_dict",
     "mark_only_lora_as_trainable",
     "merged",
+    "merged_state_dict",
     "switch",
     "use_backend",
     "utils",

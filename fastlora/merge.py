@@ -4,6 +4,9 @@
 once to the weight's dtype, a block of rows at a time, with no temporary of the weight's size.
 ``unmerge`` gives back W0 exactly, whatever has happened to the factors since.
 
+A merge that is interrupted, by Ctrl-C or for want of memory, is undone the same way: what undoes a
+block is noted before the block is written, and checksums tell which blocks were.
+
 No copy of W0 is kept. Most of W0 comes back as ``P = round(W' - D)``, where D is a prediction of
 the delta that any machine recomputes to the same bits: the factors are kept as integers small
 enough that their product is exact in fp64, in whatever order it is summed. What P misses is the
@@ -58,38 +61,34 @@ class MergeError(RuntimeError):
     """A merge or unmerge that was refused; the weight is as it was."""
 
 
-def merge(terms: Sequence[Term], scaling: float) -> "MergeRecord":
-    """Adds each term's delta to its weight in place.
+@torch.no_grad()
+def add_delta(terms: Sequence[Term], scaling: float) -> None:
+    """Adds each term's delta to its weight, rounded once, and keeps nothing to undo it."""
+    for term in terms:
+        delta = _Delta.of(term, scaling)
+        for block, rows in term.blocks():
+            block.copy_(delta.add_to(block, rows))
+
+
+@torch.no_grad()
+def check(terms: Sequence[Term], scaling: float, old: "MergeRecord | None" = None) -> None:
+    """Raises MergeError where the factors hold NaN or Inf, or the sum overflows.
 
     Args:
         terms: Parts of the weight that do not overlap.
         scaling: Factor of every delta.
-
-    Returns:
-        What :meth:`MergeRecord.unmerge` needs to give the old weight back.
-
-    Raises:
-        MergeError: the factors hold NaN or Inf, or the sum overflows the weight's dtype.
+        old: The record of what the weight holds now, if that is a merge.
     """
-    return _rewrite(terms, scaling, None)
-
-
-def switch(terms: Sequence[Term], scaling: float, old: "MergeRecord") -> "MergeRecord":
-    """From ``W0 + old delta`` to ``W0 + scaling * left @ right`` in one pass over the weight.
-
-    Raises:
-        MergeError: as :func:`merge`; also if the weight was edited since it was merged.
-    """
-    old.check_untouched(terms)
-    return _rewrite(terms, scaling, old)
-
-
-@torch.no_grad()
-def add_delta(terms: Sequence[Term], scaling: float) -> None:
-    """Adds each term's delta to its weight, rounded once, and keeps nothing to undo it."""
+    if not math.isfinite(scaling):
+        raise MergeError(f"scaling: got {scaling}, expected a finite number")
+    for term in terms:
+        if not (term.left.isfinite().all() and term.right.isfinite().all()):
+            raise MergeError("lora factors: got NaN or Inf, expected finite values")
     deltas = [_Delta.of(term, scaling) for term in terms]
-    for _, (block, _), _, after in _merged_blocks(terms, deltas, None):
-        block.copy_(after)
+    if _may_overflow(terms, deltas, old):
+        for _, before, after in _merged_blocks(terms, deltas, old):
+            if not torch.equal(after.isfinite(), before.isfinite()):
+                raise MergeError(f"weight: the merged values overflow {after.dtype}")
 
 
 @torch.no_grad()
@@ -107,89 +106,125 @@ def is_merged(base: Sequence[Term], weight: Sequence[Term], scaling: float) -> b
 
 
 @dataclass(frozen=True)
-class MergeRecord:
-    """What undoes a merge: of each part of the weight, the factors as integers and corrections."""
+class _Entry:
+    """Of one block: what leads from its predicted to its true values, and its checksums."""
 
-    predictors: tuple["_Predictor", ...]
-    corrections: tuple[tuple["_Correction", ...], ...]
-    checksum: int
+    correction: "_Correction"
+    before: int
+    after: int
+
+
+class MergeRecord:
+    """What undoes a merge: of each part of the weight, the factors as integers and corrections.
+
+    Nothing is written yet when it is made: :meth:`merge` does.
+
+    Args:
+        terms: Parts of the weight that do not overlap.
+        scaling: Factor of every delta.
+        old: The record of what the weight holds now, if that is a merge: one pass then leads from
+            ``W0 + old delta`` to ``W0 + scaling * left @ right``.
+
+    Raises:
+        MergeError: the factors hold NaN or Inf, the sum overflows the weight's dtype, or the weight
+            was edited since the old merge.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, terms: Sequence[Term], scaling: float, old: "MergeRecord | None" = None
+    ) -> None:
+        if old is not None:
+            old._holders(terms)
+        check(terms, scaling, old)
+        self._old = old
+        self._entries: list[_Entry] = []
+        self.predictors = tuple(_Predictor.of(term, scaling) for term in terms)
 
     @property
     def nbytes(self) -> int:
         """Bytes this record holds."""
-        return sum(p.nbytes for p in self.predictors) + sum(
-            c.nbytes for part in self.corrections for c in part
-        )
+        corrections = (entry.correction for entry in self._entries)
+        return sum(p.nbytes for p in self.predictors) + sum(c.nbytes for c in corrections)
 
-    def check_untouched(self, terms: Sequence[Term]) -> None:
-        """Raises MergeError if the merged weight has been edited."""
-        found = sum(_checksum(block) for term in terms for block, _ in term.blocks())
-        if found != self.checksum:
-            raise MergeError(
-                "weight: was edited while merged, so what it held before cannot be restored; "
-                "unmerge() before editing it (load_state_dict does so by itself)"
-            )
+    @torch.no_grad()
+    def merge(self, terms: Sequence[Term], scaling: float) -> None:
+        """Writes the merged values over the weight, with the terms that this was made for.
 
+        Whatever it raises on the way, :meth:`unmerge` gives W0 back.
+        """
+        deltas = [_Delta.of(term, scaling) for term in terms]
+        negatives = [predictor.negative() for predictor in self.predictors]
+        for (part, block, rows), before, after in _merged_blocks(terms, deltas, self._old):
+            correction = _Correction.between(negatives[part].add_to(after, rows), before)
+            self._entries.append(_Entry(correction, checksum(before), checksum(after)))
+            block.copy_(after)
+        self._old = None
+
+    @torch.no_grad()
     def unmerge(self, terms: Sequence[Term]) -> None:
-        """Writes W0 over the merged weight, in place.
+        """Writes W0 over what was merged, in place; called again, it goes on where it was stopped.
 
         Args:
             terms: The parts that were merged, in the same order; their factors are not used.
 
         Raises:
-            MergeError: the weight was edited since it was merged.
+            MergeError: the weight was edited since it was merged; nothing was written.
         """
-        with torch.no_grad():
-            self.check_untouched(terms)
-            for part, term in enumerate(terms):
-                for block, _, before in self.unmerged_blocks(part, term):
-                    block.copy_(before)
+        for (_, block, _), before in self.unmerged_blocks(terms):
+            if before is not block:
+                block.copy_(before)
 
-    def unmerged_blocks(self, part: int, term: Term) -> Iterator[tuple[Tensor, slice, Tensor]]:
-        """Of each block of a part: the block, its rows of ``left``, and its values before."""
+    def unmerged_blocks(self, terms: Sequence[Term]) -> Iterator[tuple["_Place", Tensor]]:
+        """Each block, and its values before; raises as :meth:`unmerge`, before the first."""
+        for i, (place, holder) in enumerate(zip(_blocks(terms), self._holders(terms), strict=True)):
+            yield place, holder._before(i, *place) if holder else place[1]
+
+    def _before(self, i: int, part: int, block: Tensor, rows: slice) -> Tensor:
         delta = self.predictors[part].negative()
-        for correction, (block, left_rows) in zip(
-            self.corrections[part], term.blocks(), strict=True
-        ):
-            yield block, left_rows, correction.undo(block, delta, left_rows)
+        return self._entries[i].correction.undo(block, delta, rows)
+
+    def _holders(self, terms: Sequence[Term]) -> list["MergeRecord | None"]:
+        """The record that undoes each block; None where it is as it was before any merge."""
+        return [self._holder(i, block) for i, (_, block, _) in enumerate(_blocks(terms))]
+
+    def _holder(self, i: int, block: Tensor) -> "MergeRecord | None":
+        found = checksum(block)
+        # what was merged last first: of blocks that are the same before and after, both undo it
+        for record in (self, self._old):
+            if record is None or i >= len(record._entries):
+                continue
+            entry = record._entries[i]
+            if found == entry.after:
+                return record
+            if found == entry.before:
+                return None
+        if i >= len(self._entries) and self._old is None:
+            return None
+        raise MergeError(
+            "weight: was edited while merged, so what it held before cannot be restored; unmerge() "
+            "before editing it, or load a state_dict with this weight"
+        )
 
 
-def _rewrite(terms: Sequence[Term], scaling: float, old: MergeRecord | None) -> MergeRecord:
-    with torch.no_grad():
-        if not math.isfinite(scaling):
-            raise MergeError(f"scaling: got {scaling}, expected a finite number")
-        for term in terms:
-            if not (term.left.isfinite().all() and term.right.isfinite().all()):
-                raise MergeError("lora factors: got NaN or Inf, expected finite values")
-        deltas = [_Delta.of(term, scaling) for term in terms]
-        if _may_overflow(terms, deltas, old):
-            for _, _, before, after in _merged_blocks(terms, deltas, old):
-                if not torch.equal(after.isfinite(), before.isfinite()):
-                    raise MergeError(f"weight: the merged values overflow {after.dtype}")
-        predictors = tuple(_Predictor.of(term, scaling) for term in terms)
-        negatives = [predictor.negative() for predictor in predictors]
-        corrections: list[list[_Correction]] = [[] for _ in terms]
-        checksum = 0
-        for part, (block, left_rows), before, after in _merged_blocks(terms, deltas, old):
-            predicted = negatives[part].add_to(after, left_rows)
-            corrections[part].append(_Correction.between(predicted, before))
-            block.copy_(after)
-            checksum += _checksum(after)
-        return MergeRecord(predictors, tuple(tuple(c) for c in corrections), checksum)
+# the part a block is of, the block, and the rows of the part's ``left`` that make its delta
+_Place = tuple[int, Tensor, slice]
+
+
+def _blocks(terms: Sequence[Term]) -> Iterator[_Place]:
+    for part, term in enumerate(terms):
+        for block, rows in term.blocks():
+            yield part, block, rows
 
 
 def _merged_blocks(
     terms: Sequence[Term], deltas: Sequence["_Delta"], old: MergeRecord | None
-) -> Iterator[tuple[int, tuple[Tensor, slice], Tensor, Tensor]]:
-    """Of each block: its part, the block and its rows of ``left``, its values before and after."""
-    for part, term in enumerate(terms):
-        unmerged: Iterator[tuple[Tensor, slice, Tensor]]
-        if old is None:
-            unmerged = ((block, left_rows, block) for block, left_rows in term.blocks())
-        else:
-            unmerged = old.unmerged_blocks(part, term)
-        for block, left_rows, before in unmerged:
-            yield part, (block, left_rows), before, deltas[part].add_to(before, left_rows)
+) -> Iterator[tuple[_Place, Tensor, Tensor]]:
+    """Each block, its values before any merge and after this one."""
+    unmerged = ((p, p[1]) for p in _blocks(terms)) if old is None else old.unmerged_blocks(terms)
+    for place, before in unmerged:
+        part, _, rows = place
+        yield place, before, deltas[part].add_to(before, rows)
 
 
 def _may_overflow(
@@ -207,7 +242,12 @@ def _may_overflow(
     return False
 
 
-_MODULES = {"reference": reference_merge, "native": native_merge, "triton": triton_merge}
+_MODULES = {
+    "reference": reference_merge,
+    "native": native_merge,
+    "triton": triton_merge,
+    "cutlass": native_merge,
+}
 
 
 def _kernels(weight: Tensor) -> ModuleType:
@@ -215,16 +255,10 @@ def _kernels(weight: Tensor) -> ModuleType:
     return _MODULES[backends.select("auto", weight.device.type, weight.dtype).name]
 
 
-def _checksum(block: Tensor) -> int:
-    return _kernels(block).sum_bits(block)
-
-
-def fingerprint(factor: Tensor) -> int:
-    """64 bits that change with any element of a (thin) tensor, and with its place."""
-    bits = factor.detach().contiguous().view(reference_merge.BITS_OF[factor.dtype]).flatten().long()
-    # an odd multiplier spreads the places over 64 bits; products and sum wrap
-    places = torch.arange(1, len(bits) + 1, device=bits.device) * 0x1E3779B97F4A7C15
-    return int((bits * places).sum())
+@torch.no_grad()
+def checksum(values: Tensor) -> int:
+    """64 bits that change with any element, and with its place."""
+    return _kernels(values).checksum(values.detach())
 
 
 @dataclass(frozen=True)

@@ -61,19 +61,51 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
 def merged(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block every layer is merged; afterwards its weight is exactly what it was.
 
-    Also where the block raises. Layers that were merged already stay so; a layer whose weight is
-    shared with another module is left as it is, with a warning.
+    Also where the block raises. Layers that were merged already stay so; a layer that cannot be
+    merged, because its weight is shared with another module, say, is left as it is, with a warning.
+    ``state_dict()`` holds the base weights here too: see :func:`merged_state_dict`.
 
     Raises:
         MergeError: a layer's factors hold NaN or Inf, or overflow; no layer is left merged.
     """
-    flag_shared_weights(model)
+    flag_shared_weights(model, warn=False)
     with ExitStack() as restore:
-        for _, layer in lora_layers(model):
-            if not layer.merged and not layer.weight_is_shared:
-                layer.merge()
-                restore.callback(layer.unmerge)
+        for name, layer in lora_layers(model):
+            if layer.merged:
+                continue
+            if reason := layer.why_not_merged():
+                warnings.warn(f"{name}: is not merged: {reason}", stacklevel=3)
+                continue
+            restore.callback(layer.unmerge)
+            layer.merge()
         yield model
+
+
+@torch.no_grad()
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict of the model as if it had no factors: their updates are in the weights.
+
+    For a server, or a model of plain layers; the model itself is not touched, merged or not. Where
+    the weight of a LoRA layer is that of another module too, the two are not the same any more.
+
+    Returns:
+        New tensors for the weights of LoRA layers, and for biases that ``lora_bias`` is added to;
+        the model's own, detached, for all else.
+
+    Raises:
+        MergeError: a layer's factors hold NaN or Inf, or overflow.
+        ValueError: a weight is distributed, or has no data.
+    """
+    state: dict[str, Tensor] = dict(model.state_dict())
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if not (isinstance(layer, LoRALayer) and layer.adapted):
+            continue
+        prefix = f"{name}." if name else ""
+        for leaf, t in layer.merged_parameters().items():
+            state[prefix + leaf] = t
+        for leaf in layer.lora_parameters():
+            del state[prefix + leaf]
+    return state
 
 
 def switch(model: nn.Module, adapter: Mapping[str, Tensor], scaling: float | None = None) -> None:
@@ -114,11 +146,15 @@ def switch(model: nn.Module, adapter: Mapping[str, Tensor], scaling: float | Non
         undo.pop_all()
 
 
-def flag_shared_weights(model: nn.Module) -> list[str]:
+def flag_shared_weights(model: nn.Module, warn: bool = True) -> list[str]:
     """Finds LoRA layers whose weight another module holds too, such as a tied output head.
 
     Merging would change the other module's output, so these layers stay unmerged (their update is
-    added in ``forward`` as in training), and a warning says so.
+    added in ``forward`` as in training).
+
+    Args:
+        model: Any module.
+        warn: Say so of layers that were not known to be such.
 
     Returns:
         The names of these layers.
@@ -130,7 +166,7 @@ def flag_shared_weights(model: nn.Module) -> list[str]:
     shared = []
     for name, layer in lora_layers(model):
         names = holders[id(layer.weight)]
-        if len(names) > 1 and not layer.weight_is_shared:
+        if warn and len(names) > 1 and not layer.weight_is_shared:
             others = ", ".join(n for n in names if n != f"{name}.weight")
             warnings.warn(
                 f"{name}: its weight is also {others}; the layer will not be merged, because that "
@@ -184,8 +220,8 @@ def explain(layer: LoRALayer, x: Tensor | None = None) -> str:
                 f"dtypes: {dtype} input and weight{' (autocast)' if autocast else ''}, "
                 f"{layer.lora_A.dtype} factors, on {x.device}"
             )
-    if layer.weight_is_shared:
-        lines.append("merging: never, the weight is shared with another module")
+    if layer.adapted and (no_merge := layer.why_not_merged()):
+        lines.append(f"merging: no, {no_merge}")
     return "\n".join(lines)
 
 

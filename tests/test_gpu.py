@@ -93,6 +93,55 @@ def test_no_less_accurate_than_the_composition(sizes, dtypes, p, backend):
     )
 
 
+# M, K, N, r at the edges of tiles of 128 x 256 x 64, two under each other, and of what is copied at
+# once; the last have more tiles than there are multiprocessors
+EDGES = [
+    *[(M, 72, 264, 4) for M in (1, 127, 128, 129, 255, 256, 257, 385)],
+    *[(300, K, 136, 9) for K in (8, 56, 64, 72, 248, 256, 264, 520)],
+    *[(300, 200, N, 9) for N in (8, 56, 64, 72, 248, 256, 264, 520)],
+    *[(300, 320, 192, r) for r in (1, 31, 32, 33, 64, 65, 128, 200)],
+    (4104, 1048, 4360, 16),
+    (8200, 4104, 72, 40),
+]
+
+
+@pytest.mark.skipif("cutlass" not in USABLE, reason="the fused products are not there")
+@pytest.mark.parametrize("t", [0, 6554, 65536])
+@pytest.mark.parametrize("dtypes", ["bf16", "fp16", "bf16 under fp32"])
+@pytest.mark.parametrize("sizes", EDGES, ids=lambda sizes: "-".join(map(str, sizes)))
+def test_fused_products_are_exact(sizes, dtypes, t):
+    """Of integers, whose sums are, and rounded once; whatever is beyond the operands."""
+    M, K, N, r = sizes
+    dtype, factor_dtype = DTYPES[dtypes]
+
+    def signs(*shape, dtype=dtype):
+        # in memory that goes on with what would be seen in any sum
+        wide = torch.full((shape[0] + 8, shape[-1] + 8), torch.nan, device="cuda", dtype=dtype)
+        drawn = wide[:-8, :-8] if len(shape) == 2 else wide[0, :-8]
+        return drawn.copy_(torch.randint(-1, 2, shape, device="cuda"))
+
+    X, W, dY, bias = signs(M, K), signs(N, K), signs(M, N), signs(N)
+    A, B = signs(r, K, dtype=factor_dtype or dtype), signs(N, r, dtype=factor_dtype or dtype)
+    # more than 16 bits hold
+    S, dS = (torch.randint(-3000, 3001, (M, r), device="cuda").float() for _ in range(2))
+    mask = dropout.draw_mask(torch.tensor([5], device="cuda"), M, K, t) if t else None
+    stages = backends.select("cutlass", "cuda", dtype)
+    through_factors = dS.double() @ A.double()
+    if t:
+        through_factors *= dropout.unpack_mask(mask, K)
+    exact = {
+        "Y": X.double() @ W.double().t() + S.double() @ B.double().t() + bias.double(),
+        "dX": dY.double() @ W.double() + through_factors,
+    }
+    for _ in range(2):
+        got = {
+            "Y": stages.expand(X, W, bias, S, B, Blocks.single(N)),
+            "dX": stages.grad_input(dY, W, dS, A, mask),
+        }
+        for name, expected in exact.items():
+            assert torch.equal(got[name], expected.to(dtype)), name
+
+
 @each_backend
 def test_tf32_follows_torch(backend, monkeypatch):
     """Allowed, products of float32 round their operands; else they do not."""
@@ -385,8 +434,9 @@ thirds = Blocks((30, 30, 30), (True, False, True))
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 for dtype, factors in ((bf16, None), (fp32, None), (fp16, fp32)):
     for M, K, r, blocks in ((65, 77, 5, thirds), (33, 64, 16, None), (1, 40, 8, None)):
+        N = 90 if blocks else 88  # whole vectors
         inputs = testing.make_inputs(
-            M, K, 90, r, p=0.3, dtype=dtype, factor_dtype=factors, device="cuda", blocks=blocks
+            M, K, N, r, p=0.3, dtype=dtype, factor_dtype=factors, device="cuda", blocks=blocks
         )
         got = testing.fused(inputs, BACKEND)
         testing.assert_no_worse(got, testing.composition(inputs), testing.truth(inputs))

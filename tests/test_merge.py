@@ -5,6 +5,8 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations, prune
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
 from fastlora import backends
@@ -28,6 +30,12 @@ def backend_name(request):
 
 def bits(t):
     return t.detach().clone().contiguous().view(INT[t.element_size()])
+
+
+def merge(terms, scaling):
+    record = merging.MergeRecord(terms, scaling)
+    record.merge(terms, scaling)
+    return record
 
 
 def randomize(layer, std=0.1):
@@ -87,7 +95,7 @@ def test_merged_weight_is_the_nearest_representable(dtype):
     weight = torch.randn(256, 512).mul(0.02).to(dtype)
     left, right = torch.randn(256, 8), torch.randn(8, 512) * 1e-3
     exact = weight.double() + 0.7 * (left.double() @ right.double())
-    merging.merge([Term(weight, left, right)], 0.7)
+    merge([Term(weight, left, right)], 0.7)
     error = (weight.double() - exact).abs()
     for toward in (math.inf, -math.inf):
         step = 1 if toward > 0 else -1
@@ -104,7 +112,7 @@ def test_odd_values_come_back(dtype):
     bits(weight)[3, 4] ^= 1
     before = bits(weight)
     term = Term(weight, torch.randn(8, 3), torch.randn(3, 8))
-    record = merging.merge([term], 0.5)
+    record = merge([term], 0.5)
     record.unmerge([term])
     assert torch.equal(bits(weight), before)
 
@@ -132,7 +140,7 @@ def test_incompressible_weights_are_kept_whole():
     weight = torch.randn(64, 64, dtype=torch.float64)
     before = weight.clone()
     term = Term(weight, torch.randn(64, 2, dtype=torch.float64), torch.randn(2, 64).double())
-    record = merging.merge([term], 1.0)
+    record = merge([term], 1.0)
     assert weight.nbytes <= record.nbytes <= weight.nbytes + 64 * 2 * 24
     record.unmerge([term])
     assert torch.equal(weight, before)
@@ -277,17 +285,17 @@ def test_a_changed_factor_is_noticed_while_merged():
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_a_fingerprint_tells_values_and_places(dtype):
+def test_a_checksum_tells_values_and_places(dtype):
     factor = torch.randn(16, 24, dtype=dtype)
-    expected, seen = merging.fingerprint(factor), set()
-    assert merging.fingerprint(factor.t().contiguous().t()) == expected
+    expected, seen = merging.checksum(factor), set()
+    assert merging.checksum(factor.t().contiguous().t()) == expected
     for i in range(16):
         changed = factor.clone()
         changed.view(INT[changed.element_size()])[i, i] ^= 1
-        seen.add(merging.fingerprint(changed))
+        seen.add(merging.checksum(changed))
     swapped = factor.clone()
     swapped[0, 0], swapped[0, 1] = factor[0, 1], factor[0, 0]
-    seen.add(merging.fingerprint(swapped))
+    seen.add(merging.checksum(swapped))
     assert len(seen) == 17 and expected not in seen
 
 
@@ -435,3 +443,253 @@ def test_switching_a_model_is_all_or_nothing():
     net.train()
     torch.testing.assert_close(net(x), merged)
     assert net[0].scaling == net[2].scaling == 0.5
+
+
+# ---- what is interrupted
+
+
+class Interrupts(TorchDispatchMode):
+    """Raises KeyboardInterrupt, as Ctrl-C does, at the n-th operation, or after it has run."""
+
+    def __init__(self, n, after):
+        super().__init__()
+        self.left, self.after = n, after
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.left -= 1
+        if self.left == 0 and not self.after:
+            raise KeyboardInterrupt
+        result = function(*args, **(kwargs or {}))
+        if self.left == 0:
+            raise KeyboardInterrupt
+        return result
+
+
+def interrupted(action):
+    """Runs ``action`` again and again, each time interrupted one operation later."""
+    for after in (False, True):
+        for n in range(1, 10_000):
+            try:
+                with Interrupts(n, after) as mode:
+                    action()
+            except KeyboardInterrupt:
+                yield
+            if mode.left > 0:
+                break
+        else:
+            pytest.fail("never ran through")
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(merging, "_BLOCK_ELEMENTS", 16)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_interrupted_merge_leaves_the_weight(dtype):
+    layer = fastlora.Linear(8, 4, r=2, init_lora_weights=False, dtype=dtype)
+    before = bits(layer.weight)
+    runs = 0
+    for _ in interrupted(layer.eval):
+        runs += 1
+        if not layer.merged:
+            assert torch.equal(bits(layer.weight), before)
+        layer.train()
+        assert torch.equal(bits(layer.weight), before) and not layer.merged
+    assert runs > 20
+    assert layer.merged
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_an_interrupted_unmerge_goes_on_where_it_was():
+    layer = fastlora.Linear(8, 4, r=2, init_lora_weights=False)
+    before = bits(layer.weight)
+    layer.merge()
+    for _ in interrupted(layer.unmerge):
+        layer.unmerge()
+        assert torch.equal(bits(layer.weight), before) and not layer.merged
+        layer.merge()
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_an_interrupted_switch_ends_with_one_adapter_or_none():
+    layer = fastlora.Linear(8, 4, r=2, init_lora_weights=False)
+    before = bits(layer.weight)
+    old = {name: p.detach().clone() for name, p in layer.lora_parameters().items()}
+    new = {name: torch.randn_like(p) for name, p in old.items()}
+    layer.merge()
+    merged = layer.weight.detach().clone()
+    for _ in interrupted(lambda: layer.switch(new)):
+        layer.unmerge()
+        assert torch.equal(bits(layer.weight), before)
+        layer.switch(old)
+        layer.merge()
+        assert torch.equal(layer.weight, merged)
+    layer.unmerge()
+    assert torch.equal(bits(layer.weight), before)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_merge_without_memory_is_refused_whole(monkeypatch):
+    layer = fastlora.Linear(8, 50, r=2, init_lora_weights=False)
+    before = bits(layer.weight)
+    add_to, calls = merging._Delta.add_to, iter(range(100))
+
+    def out_of_memory(*args):
+        if next(calls) == 9:
+            raise torch.OutOfMemoryError("no memory left")
+        return add_to(*args)
+
+    monkeypatch.setattr(merging._Delta, "add_to", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        layer.merge()
+    assert torch.equal(bits(layer.weight), before) and not layer.merged
+
+
+# ---- what was edited
+
+
+def test_rows_in_another_order_are_an_edit():
+    layer = fastlora.Linear(8, 6, r=2, init_lora_weights=False).eval()
+    layer.weight.data.copy_(layer.weight.data[[5, 0, 1, 2, 3, 4]])
+    with pytest.raises(MergeError, match="edited while merged"):
+        layer.train()
+
+
+def test_an_edited_weight_is_replaced_by_a_state_dict_or_drawn_anew():
+    layer = fastlora.Linear(8, 6, r=2, init_lora_weights=False)
+    state = {name: t.clone() for name, t in layer.state_dict().items()}
+    merged = layer.eval().weight.detach().clone()
+    layer.weight.data.mul_(2)
+    for action in (layer.state_dict, layer.train, lambda: layer.to("cpu")):
+        with pytest.raises(MergeError, match="edited while merged"):
+            action()
+    layer.load_state_dict(state)
+    assert torch.equal(layer.weight, merged)
+    layer.train()
+    assert torch.equal(layer.weight, state["weight"])
+    layer.eval().weight.data.mul_(2)
+    layer.reset_parameters()
+    assert not layer.merged
+    layer.train()
+
+
+def test_eval_does_not_pass_over_an_edited_weight():
+    layer = fastlora.Linear(8, 6, r=2, init_lora_weights=False).eval()
+    layer.weight.data.mul_(2)
+    layer.lora_A.data.mul_(2)
+    with pytest.raises(MergeError, match="edited while merged"):
+        layer.eval()
+
+
+# ---- what is never merged
+
+
+def test_weights_of_two_models_are_merged_once():
+    base = nn.Linear(8, 6)
+    one, other = (fastlora.Linear.from_linear(base, 2, init_lora_weights=False) for _ in range(2))
+    x = torch.randn(3, 8)
+    expected = other(x)
+    one.eval()
+    with pytest.warns(UserWarning, match="holds the update of another layer"):
+        other.eval()
+    with pytest.raises(ValueError, match="holds the update of another layer"):
+        other.merge()
+    one.train()
+    torch.testing.assert_close(other(x), expected)
+    other.eval()
+    assert other.merged
+    torch.testing.assert_close(other(x), expected)
+
+
+@pytest.mark.parametrize("of", ["weight", "lora_A"])
+def test_pruned_layers_are_not_merged(of):
+    layer = fastlora.Linear(8, 6, r=2, init_lora_weights=False)
+    prune.l1_unstructured(layer, of, 0.5)
+    x = torch.randn(3, 8)
+    expected = layer(x)
+    with pytest.warns(UserWarning, match=f"its {of} is computed"):
+        layer.eval()
+    assert not layer.merged and torch.equal(layer(x), expected)
+    with pytest.raises(ValueError, match=f"its {of} is computed"):
+        layer.merge()
+    layer.train()
+
+
+def test_parametrized_layers_are_not_merged():
+    layer = fastlora.Linear(8, 6, r=2, init_lora_weights=False)
+    parametrizations.weight_norm(layer, "weight")
+    x = torch.randn(3, 8)
+    expected = layer(x)
+    with pytest.warns(UserWarning, match="its weight is computed"):
+        layer.eval()
+    assert torch.equal(layer(x), expected)
+
+
+def test_without_data_there_is_nothing_to_merge():
+    with torch.device("meta"):
+        layer = fastlora.Linear(8, 6, r=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer.eval()
+        assert not layer.merged
+        layer.to_empty(device="cpu").reset_parameters()
+        assert layer.train().eval().merged
+        assert not layer.to("meta").merged
+    for refused in (layer.merge, layer.delta_weight, layer.merged_parameters):
+        with pytest.raises(ValueError, match="meta tensor"):
+            refused()
+    with torch._subclasses.FakeTensorMode():
+        layer = fastlora.Linear(8, 6, r=2)
+        with pytest.warns(UserWarning, match="its weight is a FakeTensor"):
+            layer.eval()
+
+
+def test_a_conversion_that_cannot_be_merged_anew_goes_on_unmerged():
+    layer = fastlora.Linear(8, 6, r=2, init_lora_weights=False)
+    with torch.no_grad():
+        layer.lora_A.fill_(1e3)
+        layer.lora_B.fill_(1e3)
+    layer.eval()
+    with pytest.warns(UserWarning, match="overflow"):
+        layer.half()
+    assert not layer.merged and layer.weight.dtype == torch.float16
+
+
+# ---- merged weights for elsewhere
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_merged_state_dict_is_that_of_a_plain_model(mode):
+    model = nn.Sequential(*(layer for layer in layers(torch.float32)))
+    for layer in model:
+        randomize(layer)
+    model.train(mode)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    state = fastlora.merged_state_dict(model)
+    assert not any("lora_" in name for name in state)
+    for name, t in model.state_dict().items():
+        assert torch.equal(t, before[name])
+    model.eval()
+    for i, layer in enumerate(model):
+        assert torch.equal(state[f"{i}.weight"], layer.weight)
+        assert state[f"{i}.weight"].data_ptr() != layer.weight.data_ptr()
+    # as the docstring of merged() says
+    assert torch.equal(model.state_dict()["0.weight"], before["0.weight"])
+
+
+def test_merged_state_dict_has_the_bias_of_the_factors():
+    for make in (
+        lambda: fastlora.Linear(8, 6, r=2, lora_bias=True, bias=False),
+        lambda: fastlora.MergedLinear(8, 6, r=2, enable_lora=[True, False], lora_bias=True),
+        lambda: fastlora.Conv2d(8, 6, 3, r=2, lora_bias=True, factorization="locon"),
+    ):
+        layer = make()
+        randomize(layer)
+        state = fastlora.merged_state_dict(layer)
+        x = torch.randn(2, 8, 5, 5) if isinstance(layer, nn.Conv2d) else torch.randn(2, 8)
+        plain = nn.Conv2d(8, 6, 3) if isinstance(layer, nn.Conv2d) else nn.Linear(8, 6)
+        plain.load_state_dict(state)
+        torch.testing.assert_close(plain(x), layer(x))
+        torch.testing.assert_close(plain(x), layer.eval()(x))

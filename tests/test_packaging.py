@@ -51,7 +51,7 @@ def build(tree, kind, mode="0", check=True, block_torch=False, **env):
     """Run the build backend in ``tree`` as a frontend would; the result lies beside it."""
     block = "import sys; sys.modules['torch'] = None\n" if block_torch else ""
     code = f"from setuptools import build_meta\nbuild_meta.build_{kind}({str(tree.parent)!r})"
-    env = {"FASTLORA_BUILD": mode, "FASTLORA_CUDA": "0", **env}
+    env = {"FASTLORA_BUILD": mode, "FASTLORA_CUDA": "0", "FASTLORA_CUTLASS": "0", **env}
     result = run(block + code, tree, **env)
     assert result.returncode == 0 or not check, result.stdout + result.stderr
     return result
@@ -128,6 +128,7 @@ def test_sdist_holds_all_sources(built):
     assert {
         "csrc/bindings/cuda_stages.cpp",
         "csrc/cuda/shrink.cu",
+        "csrc/cutlass/product.cuh",
         "csrc/cpu/kernels.h",
         "csrc/cpu/stages.inc",
     } <= wanted
@@ -249,6 +250,38 @@ def test_demanded_kernels_that_cannot_be_built(with_kernels, env, message):
     assert result.returncode != 0
     assert "FASTLORA_CUDA=1, but the kernels cannot be built: " in result.stderr
     assert message in result.stderr
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [
+        ({"FASTLORA_CUDA": "0"}, "FASTLORA_CUDA=0"),
+        ({"FASTLORA_BUILD": "0"}, "FASTLORA_BUILD=0"),
+        ({"CUDA_HOME": "/nonexistent"}, "nvcc is neither in CUDA_HOME nor on PATH"),
+        ({"TORCH_CUDA_ARCH_LIST": "8.0;10.0"}, "got '8.0;10.0', expected 9.0 among them"),
+        ({}, "the package nvidia-cutlass, which has CUTLASS's headers, is not installed"),
+    ],
+)
+def test_demanded_kernels_on_cutlass_that_cannot_be_built(with_kernels, env, message):
+    if not env.keys() & {"CUDA_HOME", "FASTLORA_CUDA", "FASTLORA_BUILD"} and not shutil.which(
+        "nvcc"
+    ):
+        pytest.skip("needs nvcc")
+    # found before the package: no folder of headers is in it
+    (with_kernels / "cutlass_library.py").touch()
+    env = {"FASTLORA_CUDA": "1", "PYTHONPATH": str(with_kernels), **env}
+    result = build(with_kernels, "wheel", "1", check=False, FASTLORA_CUTLASS="1", **env)
+    assert result.returncode != 0
+    assert "FASTLORA_CUTLASS=1, but the kernels cannot be built: " in result.stderr
+    assert message in result.stderr
+    assert "built in" not in result.stdout
+
+
+def test_kernels_on_cutlass_are_asked_for_or_not(without_sources):
+    result = build(without_sources, "wheel", check=False, FASTLORA_CUTLASS="auto")
+    assert result.returncode != 0
+    assert "FASTLORA_CUTLASS must be 0 or 1, got 'auto'" in result.stderr
 
 
 @needs_compiler

@@ -475,6 +475,7 @@ def test_replicas_of_data_parallel(case, mode):
 SCRIPT = """
 import os
 import sys
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -514,6 +515,33 @@ def shard(net, **options):
     return fully_shard(net, **options)
 
 
+def adapters(net, alone, path):
+    # what is sharded is never merged, and its adapter is saved and loaded whole
+    x = torch.arange(48.0).view(8, 6)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        net.eval()
+        assert sum("its weight is a DTensor" in str(w.message) for w in caught) == 2
+        with fastlora.merged(net):
+            assert not net[0].merged and torch.equal(net(x), alone(x))
+        net.train()
+    for refused in (net[0].merge, net[0].delta_weight):
+        try:
+            refused()
+        except ValueError as error:
+            assert "DTensor" in str(error)
+        else:
+            raise AssertionError("nothing was raised")
+    with torch.no_grad():
+        for p in alone.parameters():
+            p.add_(1)
+    fastlora.adapters.save(net, path)
+    fastlora.adapters.load(alone, path)
+    fastlora.adapters.load(net, alone.state_dict())
+    for name, p in net.named_parameters():
+        assert torch.equal(p.full_tensor(), alone.get_parameter(name)), name
+
+
 def main(rank, path):
     dist.init_process_group("gloo", init_method="file://" + path, rank=rank, world_size=2)
     torch.manual_seed(1)
@@ -536,6 +564,7 @@ def main(rank, path):
         for name, g in expected.items():
             assert found[name].dtype == g.dtype
             assert torch.equal(found[name], g), name
+    adapters(shard(build()), build(), path + ".safetensors")
     dist.barrier()
     # the backend's threads may outlive the interpreter, which then aborts
     os._exit(0)
@@ -549,7 +578,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_distributed(tmp_path):
-    """DDP, FSDP2, and FSDP2 in bf16 with fp32 outputs and reductions."""
+    """DDP, FSDP2, FSDP2 in bf16 with fp32 outputs and reductions, adapters of what is sharded."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     command = [sys.executable, script, tmp_path / "store"]

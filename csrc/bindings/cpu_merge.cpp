@@ -100,12 +100,10 @@ Tensor decode_correction(const Tensor& predicted, int64_t bits, const Tensor& co
   return out;
 }
 
-// of elements in any order, so that a block without gaps in memory is read where it is
-int64_t sum_bits(const Tensor& weight) {
-  const Tensor dense = weight.is_non_overlapping_and_dense() ? weight : weight.contiguous();
-  const char* data = static_cast<const char*>(dense.data_ptr());
+int64_t checksum(const Tensor& weight) {
+  const Tensor dense = weight.contiguous();
   const auto sum_of = [&](int64_t begin, int64_t end, uint64_t sum) {
-    return sum + stages_for(dense).sum_bits(data + begin * dense.element_size(), end - begin);
+    return sum + stages_for(dense).checksum(dense.data_ptr(), begin, end);
   };
   return int64_t(
       at::parallel_reduce(0, dense.numel(), kChunk, uint64_t(0), sum_of, std::plus<uint64_t>()));
@@ -117,7 +115,7 @@ TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
   m.impl("add_low_rank", add_low_rank);
   m.impl("encode_correction", encode_correction);
   m.impl("decode_correction", decode_correction);
-  m.impl("sum_bits", sum_bits);
+  m.impl("checksum", checksum);
 }
 
 }  // namespace fastlora

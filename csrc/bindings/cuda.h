@@ -4,6 +4,8 @@
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 
+#include <tuple>
+
 #include "checks.h"
 #include "fastlora/stages.h"
 
@@ -80,4 +82,43 @@ inline cuda::Matrix matrix(const Tensor& t) {
   return {t.data_ptr(), dtype_of(t.scalar_type()), t.size(0), t.size(1), t.stride(0), t.stride(1)};
 }
 
+inline const uint8_t* data_of(const optional<Tensor>& mask) {
+  return mask ? mask->data_ptr<uint8_t>() : nullptr;
+}
+
 }  // namespace fastlora
+
+// The operators of cuda_stages.cpp, for those that are made of them.
+namespace fastlora::stages {
+
+std::tuple<Tensor, Tensor> shrink(const Tensor& X, const Tensor& A, double c,
+                                  const optional<Tensor>& scale, int64_t t,
+                                  const optional<Tensor>& seed);
+
+Tensor expand(const Tensor& X, const Tensor& W, const optional<Tensor>& bias, const Tensor& S,
+              const Tensor& B, at::IntArrayRef splits, const c10::List<bool>& enabled,
+              int64_t interleave);
+
+std::tuple<Tensor, Tensor> grad_expand(const Tensor& dY, const optional<Tensor>& S, const Tensor& B,
+                                       double c, const optional<Tensor>& scale,
+                                       at::IntArrayRef splits, const c10::List<bool>& enabled,
+                                       int64_t interleave, bool need_dS, bool need_dB);
+
+Tensor grad_shrink(const Tensor& dS, const Tensor& X, const optional<Tensor>& mask,
+                   const Tensor& A);
+
+Tensor grad_input(const Tensor& dY, const Tensor& W, const optional<Tensor>& dS, const Tensor& A,
+                  const optional<Tensor>& mask);
+
+Tensor delta(const Tensor& A, const Tensor& B, double scaling, const optional<Tensor>& scale,
+             at::IntArrayRef splits, const c10::List<bool>& enabled, int64_t interleave);
+
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dY, const optional<Tensor>& X,
+                                            const optional<Tensor>& W, const optional<Tensor>& A,
+                                            const Tensor& B, const optional<Tensor>& S,
+                                            const optional<Tensor>& mask, double c,
+                                            const optional<Tensor>& scale, at::IntArrayRef splits,
+                                            const c10::List<bool>& enabled, int64_t interleave,
+                                            bool need_dX, bool need_dA, bool need_dB);
+
+}  // namespace fastlora::stages

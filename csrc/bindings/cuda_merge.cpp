@@ -83,14 +83,12 @@ Tensor decode_correction(const Tensor& predicted, int64_t bits, const Tensor& co
   return out;
 }
 
-// of elements in any order, so that a block without gaps in memory is read where it is
-int64_t sum_bits(const Tensor& weight) {
-  const Tensor dense = weight.is_non_overlapping_and_dense() ? weight : weight.contiguous();
-  const Tensor row = dense.as_strided({1, dense.numel()}, {dense.numel(), 1});
-  const Place at("sum_bits", "weight", row);
-  const Tensor parts = at.empty({cuda::sum_bits_parts(row.numel())}, at::kLong);
+int64_t checksum(const Tensor& weight) {
+  const Tensor row = weight.contiguous().view({1, -1});
+  const Place at("checksum", "weight", row);
+  const Tensor parts = at.empty({cuda::checksum_parts(row.numel())}, at::kLong);
   at.run(0, [&](void*, cudaStream_t stream) {
-    return cuda::sum_bits(row.data_ptr(), dtype_of(row.scalar_type()), row.numel(),
+    return cuda::checksum(row.data_ptr(), dtype_of(row.scalar_type()), row.numel(),
                           parts.data_ptr<int64_t>(), stream);
   });
   return parts.sum().item<int64_t>();
@@ -102,7 +100,7 @@ TORCH_LIBRARY_IMPL(FASTLORA_NAMESPACE, FASTLORA_KEY, m) {
   m.impl("add_low_rank", add_low_rank);
   m.impl("encode_correction", encode_correction);
   m.impl("decode_correction", decode_correction);
-  m.impl("sum_bits", sum_bits);
+  m.impl("checksum", checksum);
 }
 
 }  // namespace fastlora

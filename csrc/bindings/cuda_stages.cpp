@@ -10,18 +10,13 @@
 
 #include "cuda.h"
 
-namespace fastlora {
+namespace fastlora::stages {
 namespace {
-
-const uint8_t* data_of(const optional<Tensor>& mask) {
-  return mask ? mask->data_ptr<uint8_t>() : nullptr;
-}
 
 // dX += dY W
 Tensor add_product(Tensor dX, const Tensor& dY, const Tensor& W) {
 #if defined(FASTLORA_EMULATED)
-  // the CPU's BLAS is less accurate for so few rows, see cpu_stages.cpp
-  if (dX.size(0) < 4 && dX.scalar_type() == at::kFloat) return dX.add_(dY.mm(W));
+  if (is_thin(dX)) return dX.add_(dY.mm(W));
 #endif
   return dX.addmm_(dY, W);
 }
@@ -67,6 +62,8 @@ struct Layout {
 
   cuda::Layout view() const { return {blocks.data(), int(blocks.size()), period, repeats}; }
 };
+
+}  // namespace
 
 // ---- one stage ----------------------------------------------------------------------------------
 
@@ -336,8 +333,6 @@ std::tuple<Tensor, Tensors, Tensors> multi_backward(
   return {dX, dA, dB};
 }
 
-}  // namespace
-
 TORCH_LIBRARY_IMPL(FASTLORA_NAMESPACE, FASTLORA_KEY, m) {
   m.impl("forward", forward);
   m.impl("backward", backward);
@@ -351,4 +346,4 @@ TORCH_LIBRARY_IMPL(FASTLORA_NAMESPACE, FASTLORA_KEY, m) {
   m.impl("delta", delta);
 }
 
-}  // namespace fastlora
+}  // namespace fastlora::stages

@@ -44,6 +44,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #else
         info["cuda"] = py::none();
 #endif
+        info["cutlass"] =
+#if defined(FASTLORA_CUTLASS)
+            true;
+#else
+            false;
+#endif
         return info;
       },
       "What the extension was built with, and which of its builds runs here.");

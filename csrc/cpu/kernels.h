@@ -105,8 +105,8 @@ struct Stages {
                             const uint8_t* codes, const int32_t* escaped, const void* values,
                             int64_t escapes, void* out);
 
-  // the sum of the bits of n elements, as signed integers
-  int64_t (*sum_bits)(const void* data, int64_t n);
+  // the sum of the bits of elements [begin, end), as signed integers, each times its place: 2i + 1
+  int64_t (*checksum)(const void* data, int64_t begin, int64_t end);
 };
 
 // One build of the stages, for one instruction set.

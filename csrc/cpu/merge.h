@@ -220,11 +220,11 @@ void decode_correction(const void* predicted, int64_t begin, int64_t end, int bi
 // ---- checksum -----------------------------------------------------------------------------------
 
 template <class T>
-int64_t sum_bits(const void* data, int64_t n) {
+int64_t checksum(const void* data, int64_t begin, int64_t end) {
   using S = std::make_signed_t<BitsOf<T>>;
   const S* bits = static_cast<const S*>(data);
   uint64_t sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += uint64_t(int64_t(bits[i]));
+  for (int64_t i = begin; i < end; ++i) sum += uint64_t(int64_t(bits[i])) * uint64_t(2 * i + 1);
   return int64_t(sum);
 }
 

@@ -187,11 +187,11 @@ __global__ void escape_kernel(const U* predicted, U infinity, int64_t n, const i
 constexpr int kMostParts = 1024;
 
 template <class U>
-__global__ void sum_bits_kernel(const U* data, int64_t n, int64_t* parts) {
+__global__ void checksum_kernel(const U* data, int64_t n, int64_t* parts) {
   uint64_t sum = 0;
   const int64_t step = int64_t(gridDim.x) * kThreads;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < n; i += step)
-    sum += uint64_t(int64_t(Signed<U>(data[i])));
+    sum += uint64_t(int64_t(Signed<U>(data[i]))) * uint64_t(2 * i + 1);
   const uint64_t total = block_sum(sum, shared_memory<uint64_t>());
   if (threadIdx.x == 0) parts[blockIdx.x] = int64_t(total);
 }
@@ -252,13 +252,13 @@ cudaError_t decode_correction(const void* predicted, Dtype dtype, int64_t n, int
   });
 }
 
-int sum_bits_parts(int64_t n) { return int(std::min<int64_t>(blocks_of(n, kChunk), kMostParts)); }
+int checksum_parts(int64_t n) { return int(std::min<int64_t>(blocks_of(n, kChunk), kMostParts)); }
 
-cudaError_t sum_bits(const void* data, Dtype dtype, int64_t n, int64_t* parts,
+cudaError_t checksum(const void* data, Dtype dtype, int64_t n, int64_t* parts,
                      cudaStream_t stream) {
   return with_bits(dtype, [&](auto infinity) {
     using U = decltype(infinity);
-    return launch(sum_bits_kernel<U>, dim3(sum_bits_parts(n)), kThreads, kWarps * sizeof(uint64_t),
+    return launch(checksum_kernel<U>, dim3(checksum_parts(n)), kThreads, kWarps * sizeof(uint64_t),
                   stream, static_cast<const U*>(data), n, parts);
   });
 }

@@ -11,6 +11,7 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from fastlora.adapters import loralib
+from fastlora.adapters.sharded import whole
 from fastlora.models import lora_layers, lora_state_dict
 
 FORMATS = ("loralib",)
@@ -20,6 +21,9 @@ def save(
     model: nn.Module, path: str | os.PathLike[str], format: str = "loralib", *, bias: str = "none"
 ) -> None:
     """Writes the adapter of ``model`` to a safetensors file.
+
+    Of a model that is sharded over processes, every one of them has to call this, each with a path
+    of its own or all with the same.
 
     Args:
         model: A model with LoRA layers, merged or not.
@@ -35,7 +39,7 @@ def save(
     scalings = {name: float(layer.scaling) for name, layer in lora_layers(model)}
     if not scalings:
         raise ValueError("model: got no LoRA layer, expected at least one")
-    tensors = {key: t.contiguous().clone() for key, t in lora_state_dict(model, bias).items()}
+    tensors = {key: whole(t).contiguous() for key, t in lora_state_dict(model, bias).items()}
     metadata = {"format": "pt", "adapter": format, "scaling": json.dumps(scalings)}
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastlora import merge as merging
+from fastlora.adapters.sharded import placed_like
 from fastlora.layers import ConvLoRA, LoRALayer
 from fastlora.layers.conv import use_plain_names
 from fastlora.models import flag_shared_weights, lora_layers
@@ -15,6 +16,8 @@ def load_state_dict(
     model: nn.Module, state: Mapping[str, Any], *, assume_merged: bool = False
 ) -> None:
     """Loads a loralib checkpoint: the adapter alone, or with base weights, in any of its layouts.
+
+    Of a model that is sharded over processes, every one of them has to call this.
 
     Takes what ``loralib.lora_state_dict`` or a whole model's ``state_dict`` gives, also inside
     ``{"model_state_dict": ...}``; a convolution's kernel under ``conv.weight`` (loralib 0.1.2),
@@ -66,6 +69,7 @@ def load_state_dict(
                 "eval mode), which would count twice; expected the base, or assume_merged=True"
             )
     before = {key: own[key].clone() for key in state}
+    state = {key: placed_like(t, own[key]) for key, t in state.items()}
     merged = [layer for layer in layers.values() if layer.merged]
     try:
         model.load_state_dict(state, strict=False)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from fastlora import dispatch
-from fastlora.backends import native, reference, triton
+from fastlora.backends import cutlass, native, reference, triton
 from fastlora.blocks import Blocks
 
-NAMES = ("reference", "native", "triton")
+NAMES = ("reference", "native", "triton", "cutlass")
 
 
 class Backend(Protocol):
@@ -204,7 +204,7 @@ def passed_over(name: str, device: str) -> str | None:
     """Why "auto" does not take a backend that is usable for tensors on ``device``, or None."""
     if (name, device) == ("triton", "cuda"):
         return triton.why_not_alone()
-    if (name, device) == ("native", "cuda"):
+    if device == "cuda" and name in ("native", "cutlass"):
         return "its CUDA kernels were not measured on any GPU yet"
     return None
 
@@ -290,4 +290,5 @@ _BACKENDS = {
     "reference": cast(Backend, reference),
     "native": cast(Backend, native),
     "triton": cast(Backend, triton),
+    "cutlass": cast(Backend, cutlass),
 }

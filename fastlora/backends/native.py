@@ -5,6 +5,7 @@ tensors, and for CUDA tensors where the extension was built with them.
 """
 
 import warnings
+from typing import Any
 
 import torch
 
@@ -34,9 +35,15 @@ def why_not() -> str | None:
     return _obstacle
 
 
+def build_info() -> dict[str, Any]:
+    """What the extension was built with."""
+    found: dict[str, Any] = _C.build_info()
+    return found
+
+
 def description() -> str:
     """The builds of the kernels: instruction set, vector width, architectures of GPUs."""
-    info = _C.build_info()
+    info = build_info()
     cpu = f"{info['instruction_set']}, {info['vector_bits']}-bit vectors"
     return f"{cpu}; CUDA for {info['cuda']['architectures']}" if info["cuda"] else cpu
 

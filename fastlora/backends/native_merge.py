@@ -26,6 +26,6 @@ def decode_correction(
     return torch.ops.fastlora.decode_correction(predicted, bits, codes, escaped, values)
 
 
-def sum_bits(block: Tensor) -> int:
-    """The sum of the bits of all elements."""
-    return torch.ops.fastlora.sum_bits(block)
+def checksum(block: Tensor) -> int:
+    """The sum of the bits of all elements, each times its place."""
+    return torch.ops.fastlora.checksum(block)

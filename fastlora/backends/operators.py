@@ -46,7 +46,7 @@ _SCHEMAS = {
     "Tensor escaped, Tensor values)",
     "decode_correction": "(Tensor predicted, int bits, Tensor codes, Tensor escaped, "
     "Tensor values) -> Tensor",
-    "sum_bits": "(Tensor weight) -> int",
+    "checksum": "(Tensor weight) -> int",
 }
 
 

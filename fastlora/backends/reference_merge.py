@@ -76,9 +76,11 @@ def decode_correction(
     return flip_negative(order + distance).view(predicted.dtype).view(predicted.shape)
 
 
-def sum_bits(block: Tensor) -> int:
-    """The sum of the bits of all elements, read as signed integers, modulo 2**64."""
-    return int(block.view(BITS_OF[block.dtype]).sum(dtype=torch.int64))
+def checksum(block: Tensor) -> int:
+    """The sum of the bits of all elements, as signed integers, each times 2i + 1, modulo 2**64."""
+    bits = block.contiguous().view(BITS_OF[block.dtype]).flatten().long()
+    places = torch.arange(1, 2 * len(bits), 2, device=bits.device)
+    return int((bits * places).sum())
 
 
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,9 +5,9 @@ The signatures are those of :mod:`fastlora.backends.reference_merge`, which docu
 
 from torch import Tensor
 
-from fastlora.backends.reference_merge import decode_correction, encode_correction, sum_bits
+from fastlora.backends.reference_merge import checksum, decode_correction, encode_correction
 
-__all__ = ["add_low_rank", "decode_correction", "encode_correction", "sum_bits"]
+__all__ = ["add_low_rank", "checksum", "decode_correction", "encode_correction"]
 
 
 def add_low_rank(

@@ -92,36 +92,39 @@ class LoRALayer(Mergeable):
         self._merged_factors = {}
         self._merged_scaling = 0.0
         self._merged_counters = []
-        self._ask_to_be_called(True)
 
-    def _ask_to_be_called(self, ask: bool) -> None:
+    def _ask_to_be_called(self) -> None:
         """Keeps torch from computing with ``weight`` and ``bias`` in the place of a call.
 
         ``nn.TransformerEncoderLayer`` does so in eval mode, unless any module in it has a hook:
-        here one that is never called gets one, which costs a forward nothing.
+        here one that is never called has one where that would be wrong, which costs a forward
+        nothing.
         """
-        hooks = self.lora_dropout._forward_pre_hooks
-        if ask:
-            hooks[_HOOK] = _no_hook
+        never_called = self._modules.get("lora_dropout")
+        if never_called is None:
+            # torch's own constructor, which draws parameters, too
+            return
+        if self._acts_as_plain():
+            never_called._forward_pre_hooks.pop(_HOOK, None)
         else:
-            hooks.pop(_HOOK, None)
+            never_called._forward_pre_hooks[_HOOK] = _no_hook
 
-    def _is_plain(self) -> bool:
+    def _acts_as_plain(self) -> bool:
         """Whether the output is made of ``weight`` and ``bias`` alone, and as in torch."""
         return not self.adapted or (self.merged and "lora_bias" not in self.lora_parameters())
 
     def merge(self) -> None:
         if self.weight.numel():
             super().merge()
-        self._ask_to_be_called(not self._is_plain())
+        self._ask_to_be_called()
 
-    def unmerge(self) -> None:
-        super().unmerge()
-        self._ask_to_be_called(not self._is_plain())
+    def _forget_merge(self) -> None:
+        super()._forget_merge()
+        self._ask_to_be_called()
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        self._ask_to_be_called(not self._is_plain())
+        self._ask_to_be_called()
         return self
 
     def _add_factors(self, **shapes: tuple[int, ...]) -> None:
@@ -159,6 +162,8 @@ class LoRALayer(Mergeable):
 
     def reset_parameters(self) -> None:
         """Draws the base weight like the plain layer, then the factors."""
+        # a merge is of the values that go now
+        self._forget_merge()
         super().reset_parameters()  # type: ignore[misc]  # the torch.nn layer's
         if self.adapted:
             self.reset_lora_parameters()

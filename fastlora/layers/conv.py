@@ -14,7 +14,7 @@ from fastlora.layers.base import META, LoRALayer, Options, active_dropout
 from fastlora.merge import Term
 
 FACTORIZATIONS = ("loralib", "locon", "tucker")
-_FACTORS = ("lora_A", "lora_mid", "lora_B", "lora_bias")
+_FACTORS = ("lora_A", "lora_mid", "lora_B")
 
 
 def use_plain_names(state_dict: dict[str, Any], prefix: str) -> None:
@@ -159,14 +159,10 @@ class ConvLoRA(LoRALayer, nn.modules.conv._ConvNd):
 
     def forward(self, x: Tensor) -> Tensor:
         """As the plain convolution."""
-        bias: Tensor | None = self.bias
         # by name: the parameters of DataParallel's replicas are plain attributes
         found = {name: getattr(self, name, None) for name in _FACTORS}
         lora: dict[str, Tensor] = {name: t for name, t in found.items() if t is not None}
-        if "lora_bias" in lora:
-            whole = Blocks.single(self.out_channels)
-            dtype = self.weight.dtype
-            bias = functional.add_lora_bias(bias, lora["lora_bias"], self.scaling, whole, dtype)
+        bias = self._merged_bias()
         if self._uses_base_only():
             return self._conv_forward(x, self.weight, bias)
         p, training = active_dropout(self.lora_dropout)
@@ -189,6 +185,15 @@ class ConvLoRA(LoRALayer, nn.modules.conv._ConvNd):
             padding_mode=self.padding_mode,
             p=p,
             training=training,
+        )
+
+    def _merged_bias(self) -> Tensor | None:
+        lora_bias = getattr(self, "lora_bias", None)
+        if lora_bias is None:
+            return self.bias
+        whole = Blocks.single(self.out_channels)
+        return functional.add_lora_bias(
+            self.bias, lora_bias, self.scaling, whole, self.weight.dtype
         )
 
     def _merge_terms(self, weight: Tensor, lora: Mapping[str, Tensor]) -> list[Term]:

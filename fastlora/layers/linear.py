@@ -59,14 +59,8 @@ class BlockLinear(LoRALayer, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """``x`` of shape (..., in_features) to (..., out_features)."""
         weight = self.weight.t() if self.fan_in_fan_out else self.weight
-        lora_bias = getattr(self, "lora_bias", None)
         if self._uses_base_only():
-            if lora_bias is None:
-                return F.linear(x, weight, self.bias)
-            bias = functional.add_lora_bias(
-                self.bias, lora_bias, self.scaling, self.blocks, weight.dtype
-            )
-            return F.linear(x, weight, bias)
+            return F.linear(x, weight, self._merged_bias())
         p, training = active_dropout(self.lora_dropout)
         return functional.block_lora_linear(
             x,
@@ -76,14 +70,21 @@ class BlockLinear(LoRALayer, nn.Linear):
             scaling=self.scaling,
             blocks=self.blocks,
             bias=self.bias,
-            lora_bias=lora_bias,
+            lora_bias=getattr(self, "lora_bias", None),
             p=p,
             training=training,
             backend=self.backend,
         )
 
-    def _is_plain(self) -> bool:
-        return super()._is_plain() and not self.fan_in_fan_out
+    def _acts_as_plain(self) -> bool:
+        return super()._acts_as_plain() and not self.fan_in_fan_out
+
+    def _merged_bias(self) -> Tensor | None:
+        lora_bias = getattr(self, "lora_bias", None)
+        if lora_bias is None:
+            return self.bias
+        dtype = self.weight.dtype
+        return functional.add_lora_bias(self.bias, lora_bias, self.scaling, self.blocks, dtype)
 
     def _merge_terms(self, weight: Tensor, lora: Mapping[str, Tensor]) -> list[Term]:
         out_first = weight.t() if self.fan_in_fan_out else weight
@@ -167,6 +168,8 @@ class Linear(BlockLinear):
     @classmethod
     def from_linear(cls, module: nn.Module, r: int, **options: Any) -> "Linear":
         """A LoRA layer over an existing one, whose weight and bias it shares.
+
+        While the layer is merged, which ``eval()`` does by default, so is the weight of ``module``.
 
         Args:
             module: ``nn.Linear``, or Hugging Face's ``Conv1D`` (weight stored as (in, out)).

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,8 @@ from fastlora import checks
 from fastlora import merge as merging
 
 NOT_LOADED = "nothing of this layer was loaded"
+# which layer's update the memory at an address holds, for layers of one weight in several models
+_HOLDERS: "WeakValueDictionary[int, Mergeable]" = WeakValueDictionary()
 
 
 class Mergeable(nn.Module):
@@ -51,39 +54,90 @@ class Mergeable(nn.Module):
         """Bytes kept to undo the merge; 0 where the layer is not merged."""
         return self._merge_record.nbytes if self._merge_record else 0
 
+    def why_not_merged(self) -> str | None:
+        """Why the weight cannot take the update in, in words, or None."""
+        if self.weight_is_shared:
+            return (
+                "its weight is shared with another module, whose output would change with it; "
+                "untie the weights first"
+            )
+        if computed := [n for n in ("weight", "lora_A", "lora_B") if n not in self._parameters]:
+            return f"its {computed[0]} is computed from other tensors (pruned or parametrized)"
+        if not _is_plain(self.weight):
+            kind = "meta tensor" if self.weight.is_meta else type(self.weight.data).__name__
+            return f"its weight is a {kind}, which has no memory of its own here"
+        holder = _HOLDERS.get(self.weight.data_ptr())
+        if holder is None or holder is self or not holder.merged:
+            return None
+        if holder.weight.data_ptr() != self.weight.data_ptr():
+            return None
+        return "its weight now holds the update of another layer, which shares it"
+
     def delta_weight(self) -> Tensor:
-        """``ΔW``, the update the factors stand for: shape and dtype of the weight."""
+        """``ΔW``, the update the factors stand for: shape and dtype of the weight.
+
+        Raises:
+            ValueError: the weight is distributed, or has no data.
+        """
+        if not _is_plain(self.weight):
+            raise ValueError(f"delta_weight: {self.why_not_merged()}")
         delta = torch.zeros_like(self.weight)
         if self.adapted:
             merging.add_delta(self._merge_terms(delta, self.lora_parameters()), float(self.scaling))
         return delta
+
+    def merged_parameters(self) -> dict[str, Tensor]:
+        """Weight and bias, if there is one, of the plain layer that this one is when it is merged.
+
+        Raises:
+            MergeError: NaN or Inf in the factors, or overflow.
+            ValueError: the weight is distributed, or has no data.
+        """
+        if not _is_plain(self.weight):
+            raise ValueError(f"merged_parameters: {self.why_not_merged()}")
+        weight = self.weight.detach().clone()
+        if self._merge_record is not None:
+            self._merge_record.unmerge(self._merge_terms(weight, self.lora_parameters()))
+        terms = self._merge_terms(weight, self.lora_parameters())
+        merging.check(terms, float(self.scaling))
+        merging.add_delta(terms, float(self.scaling))
+        bias = self._merged_bias()
+        return {"weight": weight} if bias is None else {"weight": weight, "bias": bias.detach()}
+
+    def _merged_bias(self) -> Tensor | None:
+        """The bias of the plain layer that this one is when it is merged."""
+        bias: Tensor | None = getattr(self, "bias", None)
+        return bias
 
     def merge(self) -> None:
         """Adds ``ΔW`` to the weight in place, rounded once; anew, if the factors have changed.
 
         Raises:
             MergeError: NaN or Inf in the factors, or overflow; the layer is as it was.
-            ValueError: the weight is shared with another module, whose output would change.
+            ValueError: the weight cannot take the update in, as :meth:`why_not_merged` says.
         """
         if not self.adapted or (self.merged and not self._merge_is_stale()):
             return
-        if self.weight_is_shared:
-            raise ValueError(
-                f"merge: the weight of this {type(self).__name__} is shared with another module, "
-                "whose output would change with it; untie the weights first"
-            )
+        if reason := self.why_not_merged():
+            raise ValueError(f"merge: this {type(self).__name__} cannot be merged: {reason}")
         self._merge(self.lora_parameters(), float(self.scaling))
 
     def unmerge(self) -> None:
         """Gives back the weight as it was before :meth:`merge`, bit for bit.
 
         Raises:
-            MergeError: the weight was edited while merged; the layer is as it was.
+            MergeError: the weight was edited or replaced while merged; the layer is as it was.
         """
         if self._merge_record is not None:
+            if not _is_plain(self.weight):
+                raise merging.MergeError(f"weight: was merged before {self.why_not_merged()}")
             own = self._merge_terms(self.weight.detach(), self.lora_parameters())
             self._merge_record.unmerge(own)
-            self._merge_record, self._merged_factors = None, {}
+            self._forget_merge()
+
+    def _forget_merge(self) -> None:
+        """What the weight holds now is its own."""
+        self._merge_record, self._merged_factors = None, {}
 
     def switch(self, factors: Mapping[str, Tensor], scaling: float | None = None) -> None:
         """Takes other factors; a merged weight goes from one delta to the other in one pass.
@@ -125,11 +179,16 @@ class Mergeable(nn.Module):
 
     def _merge(self, lora: Mapping[str, Tensor], scaling: float) -> None:
         terms = self._merge_terms(self.weight.detach(), lora)
-        if self._merge_record is None:
-            self._merge_record = merging.merge(terms, scaling)
-        else:
-            self._merge_record = merging.switch(terms, scaling, self._merge_record)
-        self._merged_factors = {name: merging.fingerprint(t) for name, t in lora.items()}
+        record = merging.MergeRecord(terms, scaling, self._merge_record)
+        # before the first block is written, as it undoes also a part
+        self._merge_record = record
+        _HOLDERS[self.weight.data_ptr()] = self
+        try:
+            record.merge(terms, scaling)
+        except BaseException:
+            self.unmerge()
+            raise
+        self._merged_factors = {name: merging.checksum(t) for name, t in lora.items()}
         self._merged_scaling = scaling
         self._merged_counters = self._counters()
 
@@ -141,7 +200,7 @@ class Mergeable(nn.Module):
     def _merge_is_stale(self) -> bool:
         """Whether a merged layer's factors or scaling have changed since."""
         return self._merged_scaling != float(self.scaling) or any(
-            merging.fingerprint(p) != self._merged_factors[name]
+            merging.checksum(p) != self._merged_factors[name]
             for name, p in self.lora_parameters().items()
             if name != "lora_bias"
         )
@@ -164,7 +223,7 @@ class Mergeable(nn.Module):
             if self._merge_is_stale():
                 warnings.warn(
                     f"{type(self).__name__}: the factors have changed since they were merged, and "
-                    "the output does not show it; call merge() again, or train() to unmerge",
+                    "the output does not show it; call merge() again, or unmerge()",
                     stacklevel=3,
                 )
             self._merged_counters = counters
@@ -174,19 +233,29 @@ class Mergeable(nn.Module):
         """Sets training mode; with ``merge_weights``, ``False`` merges and ``True`` unmerges.
 
         A layer that cannot be merged (NaN in its factors, say) stays unmerged, with a warning.
+
+        Raises:
+            MergeError: the weight was edited while merged.
         """
         super().train(mode)
         if self.merge_weights and self.adapted:
             if mode:
                 self.unmerge()
-            elif not self.weight_is_shared:
-                try:
-                    self.merge()
-                except merging.MergeError as error:
-                    # the unmerged layer computes the same; a run should not end in eval()
-                    name = type(self).__name__
-                    warnings.warn(f"{name}: was not merged: {error}", stacklevel=2)
+            else:
+                self._merge_if_possible()
         return self
+
+    def _merge_if_possible(self) -> None:
+        """Merges, or says why not: the unmerged layer computes the same."""
+        # there is nothing to merge yet, or flag_shared_weights has said so
+        if self.weight.is_meta or self.weight_is_shared:
+            return
+        try:
+            self.merge()
+        except (merging.MergeError, ValueError) as error:
+            if self.merged:
+                raise
+            warnings.warn(f"{type(self).__name__}: was not merged: {error}", stacklevel=3)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # a merged weight cannot follow a change of dtype or device exactly: its pristine self can
@@ -194,7 +263,7 @@ class Mergeable(nn.Module):
         self.unmerge()
         super()._apply(fn, recurse)
         if merged:
-            self.merge()
+            self._merge_if_possible()
         return self
 
     def _save_to_state_dict(
@@ -223,7 +292,13 @@ class Mergeable(nn.Module):
             error_msgs.extend(problems)
             return
         merged = self.merged
-        self.unmerge()
+        try:
+            self.unmerge()
+        except merging.MergeError:
+            if prefix + "weight" not in state_dict:
+                raise
+            # edited, and now replaced
+            self._forget_merge()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -257,11 +332,21 @@ class Mergeable(nn.Module):
 
     def looks_merged(self, weight: Tensor, lora: Mapping[str, Tensor]) -> bool:
         """Whether ``weight`` is this layer's own base plus the delta of ``lora``."""
-        if self.weight.is_meta or weight.is_meta or not self.adapted:
+        tensors = (self.weight, weight, *lora.values())
+        if not (self.adapted and all(map(_is_plain, tensors))):
             return False
-        base = self.state_dict()["weight"]
+        try:
+            base = self.state_dict()["weight"]
+        except merging.MergeError:
+            # edited: what its own base was is not known
+            return False
         weight = weight.to(base.device, base.dtype)
         lora = {name: t.to(base.device) for name, t in lora.items()}
         return merging.is_merged(
             self._merge_terms(base, lora), self._merge_terms(weight, lora), float(self.scaling)
         )
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether all of it is in memory here: not on the meta device, not distributed, no subclass."""
+    return type(t.data) is Tensor and not t.is_meta

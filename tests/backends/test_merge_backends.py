@@ -239,14 +239,14 @@ def test_a_broken_correction_is_refused(kernels):
 
 @each_dtype
 @each_kernels
-def test_the_sum_of_bits(kernels, dtype):
+def test_the_checksum(kernels, dtype):
     torch.manual_seed(0)
     for n, k in [(1, 1), (13, 7), (300, 100)]:
         values = any_bits((n, k), dtype)
-        expected = sum(bits(values).flatten().tolist())
+        expected = sum(b * (2 * i + 1) for i, b in enumerate(bits(values).flatten().tolist()))
         for name, view in views(n, k, dtype):
             view.copy_(values)
-            assert (kernels.sum_bits(view) - expected) % 2**64 == 0, name
+            assert (kernels.checksum(view) - expected) % 2**64 == 0, name
 
 
 # ---- merging ------------------------------------------------------------------------------------
@@ -265,6 +265,12 @@ def weights(n, k, dtype):
     yield "denormal", (torch.rand(n, k).double() * torch.finfo(dtype).tiny).to(dtype)
 
 
+def merged(terms, scaling, old=None):
+    record = merge.MergeRecord(terms, scaling, old)
+    record.merge(terms, scaling)
+    return record
+
+
 @needs_native
 @each_dtype
 @each_way
@@ -281,7 +287,7 @@ def test_either_backend_unmerges_what_the_other_merged(first, second, dtype, mon
             weight.copy_(values)
             term = Term(weight, torch.randn(n, r) * std, torch.randn(r, k) * std)
             with fastlora.use_backend(first):
-                record = merge.merge([term], -0.7)
+                record = merged([term], -0.7)
             with fastlora.use_backend(second):
                 record.unmerge([term])
             assert same(weight, values), (n, k, r, std, kind, layout)
@@ -296,11 +302,11 @@ def test_either_backend_switches_what_the_other_merged(first, second, dtype):
     weight = before.clone()
     old, new = (Term(weight, torch.randn(70, 4) * 0.01, torch.randn(4, 50) * 0.1) for _ in range(2))
     with fastlora.use_backend(first):
-        record = merge.merge([old], 2.0)
+        record = merged([old], 2.0)
     with fastlora.use_backend(second):
-        record = merge.switch([new], 0.3, record)
+        record = merged([new], 0.3, record)
         switched, weight_again = weight.clone(), before.clone()
-        merge.merge([Term(weight_again, new.left, new.right)], 0.3)
+        merged([Term(weight_again, new.left, new.right)], 0.3)
         assert same(switched, weight_again)
     with fastlora.use_backend(first):
         record.unmerge([new])
@@ -317,7 +323,7 @@ def test_triton_unmerges_what_the_reference_merged_and_back(first, second, dtype
             weight = values.clone()
             term = Term(weight, torch.randn(n, 3) * 0.1, torch.randn(3, k) * 0.1)
             with fastlora.use_backend(first):
-                record = merge.merge([term], -0.7)
+                record = merged([term], -0.7)
             assert kind == "any bits" or not same(weight, values)
             with fastlora.use_backend(second):
                 record.unmerge([term])
@@ -349,7 +355,7 @@ def test_convolutions_and_their_layouts():
     ("name", "unused"), [("native", reference_merge), ("reference", native_merge)]
 )
 def test_use_backend_says_who_merges(name, unused, monkeypatch):
-    for function in ("add_low_rank", "encode_correction", "decode_correction", "sum_bits"):
+    for function in ("add_low_rank", "encode_correction", "decode_correction", "checksum"):
         monkeypatch.delattr(unused, function)
     layer = fastlora.Linear(8, 6, r=2, init_lora_weights=False)
     with fastlora.use_backend(name):
@@ -369,9 +375,9 @@ def digest():
         for weight in (any_bits((n, k), dtype), (torch.rand(n, k) - 0.5).to(dtype)):
             left, right = (torch.randint(-9, 9, size).float() for size in [(n, 5), (5, k)])
             term = Term(weight, left * 2**-10, right)
-            record = merge.merge([term], 0.3)
+            record = merged([term], 0.3)
             found.update(weight.nan_to_num(nan=0.5).view(torch.uint8).numpy())
-            for correction in record.corrections[0]:
+            for correction in (entry.correction for entry in record._entries):
                 for t in (correction.codes, correction.escaped, correction.values):
                     found.update(t.view(torch.uint8).numpy())
     return found.hexdigest()

@@ -15,16 +15,23 @@ import torch
 from filelock import FileLock
 from torch.utils import cpp_extension
 
+from fastlora.backends import cutlass
 from fastlora.backends.operators import FLOATS, Operators, define
 
 ROOT = Path(__file__).parents[2]
 CXX = os.environ.get("CXX", "c++")
 # what the runtime of the emulated device stands in for
 RUNTIME = ROOT / "csrc/cuda/runtime.cu"
-KERNELS = sorted(set(ROOT.glob("csrc/cuda/*.cu")) - {RUNTIME})
+# and of csrc/cutlass, plain loops for its products
+KERNELS = (
+    *sorted(set(ROOT.glob("csrc/cuda/*.cu")) - {RUNTIME}),
+    ROOT / "csrc/cutlass/fused.cu",
+    ROOT / "tests/csrc/hopper.cpp",
+)
 SOURCES = (
     *KERNELS,
     *sorted(ROOT.glob("csrc/bindings/cuda_*.cpp")),
+    *sorted(ROOT.glob("csrc/bindings/cutlass_*.cpp")),
     ROOT / "tests/csrc/runtime.cpp",
 )
 
@@ -96,7 +103,7 @@ def load(folder):
             libraries += ["-ltorch", "-ltorch_cpu", "-lc10"]
             linked = run(*CXX.split(), "-shared", *objects, *libraries, "-o", library)
             assert linked.returncode == 0, linked.stderr
-    global _library
-    _library = define("fastlora_emulated")
+    global _libraries
+    _libraries = [define("fastlora_emulated"), define("fastlora_emulated_cutlass", cutlass.STAGES)]
     torch.ops.load_library(library)
     return sys.modules[__name__]

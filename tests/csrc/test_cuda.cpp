@@ -14,13 +14,17 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "fastlora/dropout.cuh"
+#include "fastlora/fused.h"
 #include "fastlora/merge.h"
 #include "fastlora/numbers.cuh"
+#include "fastlora/quad.cuh"
+#include "fastlora/stack.cuh"
 #include "fastlora/stages.h"
 
 using namespace fastlora::cuda;
@@ -475,13 +479,11 @@ void test_launches_of_one_input() {
 
 void test_layers_of_one_input() {
   for (const Dtypes& dtypes : kDtypes)
-    for (const auto& ranks : std::vector<std::vector<int>>{
-             {16, 16, 16}, {8, 16}, {3, 5, 1}, {4, 40, 8, 8, 8, 8, 16}, {33, 64}})
-      for (const int layout : {kDense, kPadded, kOdd}) {
-        if (dtypes.X == Dtype::f16 && layout != kDense) continue;
-        test_layers_of_one_input(dtypes, 37, 136, ranks, layout);
-      }
-  test_layers_of_one_input(kDtypes[0], 5, 2184, {16, 7, 2}, kDense);
+    for (const auto& ranks :
+         std::vector<std::vector<int>>{{16, 16, 16}, {3, 5}, {4, 40, 8, 8, 8, 8, 16}})
+      test_layers_of_one_input(dtypes, 37, 136, ranks, ranks.size() > 3 ? kPadded : kDense);
+  for (const int layout : {kDense, kOdd})
+    test_layers_of_one_input(kDtypes[0], 5, 2184, {16, 7, 2}, layout);
   test_layers_of_one_input(kDtypes[0], 130, 296, {16, 7, 2}, kDense);
 }
 
@@ -749,6 +751,142 @@ void test_not_numbers() {
   }
 }
 
+// ---- fused products -----------------------------------------------------------------------------
+//
+// Their low-rank operands, that is, and what is made of the arguments; tests/csrc/hopper.cpp stands
+// in for csrc/cutlass.
+
+void transpose_kernel(uint32_t* words) {
+  uint32_t row[4];
+  std::memcpy(row, words + 4 * threadIdx.x, sizeof row);
+  transpose_in_quad(row);
+  std::memcpy(words + 4 * threadIdx.x, row, sizeof row);
+}
+
+void test_transposing() {
+  what = "transposing in quads";
+  std::vector<uint32_t> words(4 * 256);
+  std::iota(words.begin(), words.end(), 0);
+  CHECK(!launch(transpose_kernel, dim3(1), 256, 0, nullptr, words.data()));
+  for (uint32_t thread = 0; thread < 256; ++thread)
+    for (uint32_t i = 0; i < 4; ++i)
+      CHECK(words[4 * thread + i] == 4 * (thread / 4 * 4 + i) + thread % 4);
+}
+
+// The low-rank operands: their product is S Fᵀ + bias, and what fills vectors up is 0.
+void test_stack(Dtypes dtypes, int64_t M, int64_t N, int64_t r, bool by_rows, bool with_bias) {
+  Grid X(dtypes.X, M, 8), S(Dtype::f32, M, r), b(dtypes.X, 1, N, kSpread);
+  // A, transposed, has rows that are no rows in memory
+  Grid F(dtypes.factors, N, r, by_rows ? kTransposed : kDense);
+  S.fill_with_integers(3000);
+  F.fill_with_integers(most_of(dtypes));
+  b.fill_with_integers();
+  const Matrix bias = with_bias ? b.view() : Matrix{};
+  const size_t bytes = stack_workspace(X.view(), F.view(), bias);
+  std::vector<char> room(bytes + 1, kCanary);
+  Stacked out;
+  CHECK(!stack(S.floats(), X.view(), F.view(), bias, by_rows, room.data(), &out, nullptr));
+  CHECK(is_vectors(out.left) && is_vectors(out.right) && room[bytes] == kCanary);
+  const int64_t ranks = (dtypes.X == dtypes.factors ? 2 : 3) * r + with_bias,
+                padded = out.left.cols;
+  CHECK(out.left.rows == M && padded == (by_rows ? out.right.rows : out.right.cols));
+  CHECK(padded >= ranks && padded < ranks + 8 && N == (by_rows ? out.right.cols : out.right.rows));
+  const auto right = [&](int64_t n, int64_t l) {
+    return load(out.right.data, dtypes.X, by_rows ? l * N + n : n * padded + l);
+  };
+  const auto left = [&](int64_t i, int64_t l) {
+    return load(out.left.data, dtypes.X, i * padded + l);
+  };
+  for (int64_t l = ranks; l < padded; ++l) {
+    for (int64_t i = 0; i < M; ++i) CHECK(left(i, l) == 0);
+    for (int64_t n = 0; n < N; ++n) CHECK(right(n, l) == 0);
+  }
+  for (int64_t i = 0; i < M; ++i)
+    for (int64_t n = 0; n < N; ++n) {
+      double sum = 0, expected = with_bias ? b.at(0, n) : 0;
+      for (int64_t l = 0; l < padded; ++l) sum += double(left(i, l)) * right(n, l);
+      for (int64_t l = 0; l < r; ++l) expected += S.at(i, l) * F.at(n, l);
+      // what both leave is left out: of 12 bits, at most 4 each
+      const double limit = dtypes.X == dtypes.factors ? 0 : r * 8. * 8;
+      CHECK(std::fabs(sum - expected) <= limit);
+    }
+}
+
+void test_fused(Dtypes dtypes, int64_t M, int64_t K, int64_t N, int64_t r, uint32_t t, int layout,
+                bool with_bias) {
+  Grid X(dtypes.X, M, K, layout), W(dtypes.X, N, K, layout), dY(dtypes.X, M, N, layout);
+  Grid A(dtypes.factors, r, K, layout), B(dtypes.factors, N, r, layout), b(dtypes.X, 1, N, layout);
+  Grid S(Dtype::f32, M, r), Y(dtypes.X, M, N), dX(dtypes.X, M, K);
+  for (Grid* grid : {&X, &W, &dY, &A, &B, &b}) grid->fill_with_integers();
+  S.fill_with_integers(500);
+  const Bits bits(M, K, t);
+  const uint8_t* mask = t ? bits.bytes.data() : nullptr;
+  const Matrix bias = with_bias ? b.view() : Matrix{};
+  CHECK(fused::takes(X.view(), W.view(), B.view(), nullptr));
+  twice({&Y}, fused::expand_workspace(X.view(), B.view(), bias), [&](void* workspace) {
+    return fused::expand(X.view(), W.view(), S.floats(), B.view(), bias, Y.view(), workspace,
+                         nullptr);
+  });
+  Y.check([&](int64_t i, int64_t n) {
+    double sum = with_bias ? b.at(0, n) : 0;
+    for (int64_t k = 0; k < K; ++k) sum += X.at(i, k) * W.at(n, k);
+    for (int64_t l = 0; l < r; ++l) sum += S.at(i, l) * B.at(n, l);
+    return sum;
+  });
+  CHECK(fused::takes(dY.view(), W.view(), A.view(), mask));
+  twice({&dX}, fused::grad_input_workspace(dY.view(), A.view()), [&](void* workspace) {
+    return fused::grad_input(dY.view(), W.view(), S.floats(), A.view(), mask, dX.view(), workspace,
+                             nullptr);
+  });
+  dX.check([&](int64_t i, int64_t k) {
+    double sum = 0;
+    for (int64_t l = 0; l < r && (!t || bits.at(i, k)); ++l) sum += S.at(i, l) * A.at(l, k);
+    for (int64_t n = 0; n < N; ++n) sum += dY.at(i, n) * W.at(n, k);
+    return sum;
+  });
+}
+
+void test_fused_products() {
+  test_transposing();
+  for (const Dtypes& dtypes : kDtypes) {
+    const std::string of = std::string(name_of(dtypes.X)) + " " + name_of(dtypes.factors);
+    Grid X(dtypes.X, 5, 16), W(dtypes.X, 24, 16), F(dtypes.factors, 24, 3);
+    const bool taken =
+        dtypes.X != Dtype::f32 && (dtypes.X == dtypes.factors || dtypes.X == Dtype::bf16);
+    what = "what the fused products take " + of;
+    CHECK(fused::takes(X.view(), W.view(), F.view(), nullptr) == taken);
+    if (!taken) continue;
+    for (const int64_t r : ranks_for(dtypes))
+      for (const bool by_rows : {false, true})
+        for (const bool bias : {false, true}) {
+          what = "low-rank operands " + of + sizes({r, by_rows, bias});
+          test_stack(dtypes, 19, 40, r, by_rows, bias);
+        }
+    for (const int64_t r : {1, 16, 33})
+      for (const int layout : {kDense, kPadded}) {
+        what = "fused products " + of + sizes({r, layout});
+        test_fused(dtypes, 37, 24, 40, r, r == 1 ? 0 : 6554, layout, r > 1);
+      }
+  }
+  what = "what the fused products do not take";
+  const auto takes = [](Grid X, Grid W, Grid F, size_t of_mask = 0) {
+    return fused::takes(X.view(), W.view(), F.view(), reinterpret_cast<uint8_t*>(of_mask));
+  };
+  const auto sized = [](int64_t rows, int64_t cols, int layout = kDense,
+                        Dtype dtype = Dtype::bf16) { return Grid(dtype, rows, cols, layout); };
+  const auto X = sized(5, 16), W = sized(24, 16), F = sized(24, 3);
+  CHECK(takes(X, W, F) && takes(X, W, F, 4) && !takes(X, W, F, 2));
+  CHECK(!takes(sized(5, 12), sized(24, 12), F) && !takes(X, sized(20, 16), sized(20, 3)));
+  CHECK(!takes(sized(0, 16), W, F) && !takes(sized(5, 0), sized(24, 0), F));
+  CHECK(!takes(X, W, sized(24, 0)) && !takes(X, sized(24, 16, kDense, Dtype::f16), F));
+  for (const int layout : {kOdd, kTransposed, kSpread, kBackwards})
+    CHECK(!takes(sized(5, 16, layout), W, F) && !takes(X, sized(24, 16, layout), F));
+  // all rows in one place
+  Grid one = X;
+  one.row_stride = 0;
+  CHECK(!takes(one, W, F));
+}
+
 // ---- merging ------------------------------------------------------------------------------------
 
 // Corrections of n values whose distances are small or, rarely, not: counted, encoded, decoded. How
@@ -783,11 +921,12 @@ void test_correction(Dtype dtype, int64_t n, int bits) {
   CHECK(!decode_correction(predicted.data(), dtype, n, bits, codes.data(), escaped.data(),
                            values.data(), int64_t(rare.size()), decoded.data(), nullptr));
   CHECK(decoded == exact);
-  std::vector<int64_t> parts(sum_bits_parts(n));
-  CHECK(!sum_bits(exact.data(), dtype, n, parts.data(), nullptr));
-  int64_t sum = 0;
-  for (const int64_t part : parts) sum += part;
-  for (const U value : exact) sum -= value;
+  std::vector<int64_t> parts(checksum_parts(n));
+  CHECK(!checksum(exact.data(), dtype, n, parts.data(), nullptr));
+  uint64_t sum = 0;
+  for (const int64_t part : parts) sum += uint64_t(part);
+  for (int64_t i = 0; i < n; ++i)
+    sum -= uint64_t(int64_t(std::make_signed_t<U>(exact[i]))) * uint64_t(2 * i + 1);
   CHECK(!sum);
 }
 
@@ -878,6 +1017,7 @@ int main() {
   test_blocks();
   test_rounding();
   test_not_numbers();
+  test_fused_products();
   test_merging();
   test_large_offsets();
   std::printf("%lld launches, %lld threads\n", (long long)fiber_device.launches,

@@ -117,14 +117,17 @@ def listing(cubin):
     return kernels
 
 
-def compile_source(source, architecture, folder):
+def compile_source(source, architecture, folder, *more):
     """The kernels of one source."""
     target = f"arch={architecture.replace('sm', 'compute')},code={architecture}"
     options = ("-std=c++17", "-O3", "-gencode", target, "-Icsrc/include", "-Werror", "all-warnings")
     options += ("-Xcompiler", f"-fPIC,{WARNINGS}", "-Xptxas", "-v")
+    options += more
     kept = ("--keep", "--keep-dir", folder)
     result = run("nvcc", *options, *kept, "-c", source, "-o", folder / f"{source.stem}.o")
     assert result.returncode == 0, result.stderr
+    # ptxas says so where products wait for each other
+    assert "Potential Performance Loss" not in result.stderr, result.stderr
     report = r"entry function '(\w+)'.*?(\d+) bytes stack frame.*?Used (\d+) registers"
     used = re.findall(report, result.stderr, re.S)
     code = listing(folder / f"{source.stem}.cubin") if used else {}

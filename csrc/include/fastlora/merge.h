@@ -28,8 +28,9 @@ cudaError_t decode_correction(const void* predicted, Dtype dtype, int64_t n, int
                               const uint8_t* codes, const int32_t* escaped, const void* values,
                               int64_t escapes, void* out, cudaStream_t stream);
 
-// Sums of all bits in parts, of which there are so many.
-int sum_bits_parts(int64_t n);
-cudaError_t sum_bits(const void* data, Dtype dtype, int64_t n, int64_t* parts, cudaStream_t stream);
+// Sums of the bits of all elements, each times its place, 2i + 1; in parts, of which there are so
+// many.
+int checksum_parts(int64_t n);
+cudaError_t checksum(const void* data, Dtype dtype, int64_t n, int64_t* parts, cudaStream_t stream);
 
 }  // namespace fastlora::cuda

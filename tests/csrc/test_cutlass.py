@@ -1,0 +1,102 @@
+"""The kernels on CUTLASS without a GPU: compiled for one, and what of them runs on the host."""
+
+import resource
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from . import emulated
+from .emulated import CXX, ROOT, run, toolkit
+from .test_cuda import REGISTERS, SANITIZERS, compile_source
+
+SOURCES = sorted(ROOT.glob("csrc/cutlass/*.cu"))
+# of a block: warps that copy, and warps that multiply
+THREADS = 384
+# of a core, for both products in both dtypes
+SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def headers():
+    """The folder of CUTLASS's headers."""
+    found = find_spec("cutlass_library")
+    if not found:
+        pytest.skip("needs the package nvidia-cutlass")
+    return Path(found.submodule_search_locations[0]) / "source/include"
+
+
+def compiled(source, headers, folder):
+    options = ("-isystem", headers, "--expt-relaxed-constexpr", "-DNDEBUG")
+    return compile_source(source, "sm_90a", folder, *options)
+
+
+@pytest.fixture(scope="module")
+def build(headers, tmp_path_factory):
+    """Both products from one source, which takes less time; its kernels, folder and time."""
+    toolkit()
+    folder = tmp_path_factory.mktemp("cutlass")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    kernels = compiled(ROOT / "tests/csrc/test_product.cu", headers, folder)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return kernels, folder, after.ru_utime - before.ru_utime
+
+
+def assert_lean(kernels):
+    """As many registers as a block has, no local memory, tensor cores, copies of tiles."""
+    for kernel in kernels:
+        counts = kernel.counts()
+        assert kernel.registers * THREADS <= REGISTERS, kernel.name
+        assert not kernel.local and not {"LDL", "STL"} & counts.keys()
+        # four for a tile of 64 columns, for each place in the source that multiplies
+        assert counts["HGMMA"] and not counts["HGMMA"] % 4
+        assert not {"HMMA", "LDGSTS"} & counts.keys()
+        operands = [operands for _, name, operands in kernel.code if name == "UTMALDG.3D.MULTICAST"]
+        assert operands and counts["UTMALDG"] > len(operands)
+        # registers go from warps that copy to those that multiply
+        assert counts["USETMAXREG"] == 2
+
+
+def test_both_products_compile_to_what_they_should(build):
+    kernels, _, _ = build
+    assert [kernel.name for kernel in kernels] == 4 * ["hopper"]
+    assert_lean(kernels)
+
+
+def test_the_build_takes_no_longer_than_it_may(build):
+    _, _, seconds = build
+    assert seconds < SECONDS
+
+
+def test_operands_are_described_as_the_driver_wants_them(build):
+    _, folder, _ = build
+    program = folder / "test_product"
+    linked = run("nvcc", folder / "test_product.o", "-o", program)
+    assert linked.returncode == 0, linked.stderr
+    result = run(program)
+    assert result.returncode == 0, result.stderr
+
+
+def test_tiles_and_places(headers, tmp_path):
+    """Which tiles there are, which elements a thread has, and its bits of the mask."""
+    program = tmp_path / "test_tile"
+    includes = ("-isystem", headers, "-isystem", toolkit() / "include/cccl")
+    options = ("-std=c++17", *SANITIZERS, *emulated.flags(), *includes)
+    source = ROOT / "tests/csrc/test_tile.cpp"
+    result = run(*CXX.split(), *options, source, "-o", program)
+    assert result.returncode == 0, result.stderr
+    result = run(program)
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_source_alone(headers, tmp_path, request):
+    """As an installation compiles them."""
+    if not request.config.getoption("full", False):
+        pytest.skip("compiles for long: --full")
+    toolkit()
+    products = 0
+    for source in SOURCES:
+        kernels = compiled(source, headers, tmp_path)
+        assert_lean(kernels)
+        products += len(kernels)
+    assert products == 4
