@@ -21,7 +21,7 @@ def register() -> None:
 
     # torch counts the other forms of what the reference adds the base product with
     formulas: dict[Any, Callable[..., int]] = {torch.ops.aten.addmm_: _addmm}
-    for namespace in (torch.ops.fastlora, torch.ops.fastlora_triton):
+    for namespace in (torch.ops.fastlora, torch.ops.fastlora_triton, torch.ops.fastlora_cutlass):
         for name, formula in _FORMULAS.items():
             if hasattr(namespace, name):
                 formulas[getattr(namespace, name)] = formula
