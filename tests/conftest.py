@@ -45,10 +45,16 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    """The operators for CUDA tensors on the emulated device, built once for all workers."""
+def workers_folder(tmp_path_factory):
+    """A temporary folder that is the same for all workers."""
     folder = tmp_path_factory.getbasetemp()
-    return load_emulated(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def emulated(workers_folder):
+    """The operators for CUDA tensors on the emulated device, built once for all workers."""
+    return load_emulated(workers_folder)
 
 
 @pytest.fixture

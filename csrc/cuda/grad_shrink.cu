@@ -205,11 +205,11 @@ struct Plan {
         slabs(blocks_of(X.cols, kSlab)),
         tiles(blocks_of(of[0].A.rows, ranks)),
         chunks(X.rows, kTileRows, slabs * tiles) {
+    // without dX, as in a model's first layers, each is a launch of its own
     const auto fits = [&](const Matrix& A) {
-      return A.rows && A.rows <= kLeastRanks && A.dtype == of[0].A.dtype &&
-             (!input || has_input(A));
+      return A.rows <= kLeastRanks && A.dtype == of[0].A.dtype && has_input(A);
     };
-    if (vectors && fits(of[0].A))
+    if (input && fits(of[0].A))
       while (layers < std::min(count, kMostLayers) && fits(of[layers].A)) ++layers;
   }
 
@@ -245,8 +245,10 @@ cudaError_t start(const Matrix& X, const Plan& plan, const Job<T>* of, const Mat
 template <class T, bool Input, bool Splits>
 cudaError_t start(const Matrix& X, const Plan& plan, const Job<T>* of, const Matrix& dX, bool adds,
                   cudaStream_t stream) {
-  if (plan.layers == 3) return start<T, 16, 3, Input, Splits>(X, plan, of, dX, adds, stream);
-  if (plan.layers == 2) return start<T, 16, 2, Input, Splits>(X, plan, of, dX, adds, stream);
+  if constexpr (Input) {
+    if (plan.layers == 3) return start<T, 16, 3, Input, Splits>(X, plan, of, dX, adds, stream);
+    if (plan.layers == 2) return start<T, 16, 2, Input, Splits>(X, plan, of, dX, adds, stream);
+  }
   if (plan.ranks == 16) return start<T, 16, 1, Input, Splits>(X, plan, of, dX, adds, stream);
   if (plan.ranks == 32) return start<T, 32, 1, Input, Splits>(X, plan, of, dX, adds, stream);
   if constexpr (Input && Splits)

@@ -1,6 +1,7 @@
 """The operators for CUDA tensors on an emulated device, as a backend of CPU tensors."""
 
 import os
+import pickle
 import platform
 import re
 import shutil
@@ -89,6 +90,17 @@ def compile_all(sources, folder, *options):
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(build, sources))
+
+
+def once(folder, name, make):
+    """What ``make`` makes in a folder of this name, once for all processes that name ``folder``."""
+    place = folder / name
+    with FileLock(f"{place}.lock"):
+        made = place / "made"
+        if not made.exists():
+            place.mkdir(exist_ok=True)
+            made.write_bytes(pickle.dumps(make(place)))
+        return pickle.loads(made.read_bytes())
 
 
 @cache

@@ -159,14 +159,18 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture(scope="module")
-def build(request, tmp_path_factory):
+def build(request, workers_folder):
     """Everything, compiled for an architecture; no warning is let pass."""
     toolkit()
-    folder = tmp_path_factory.mktemp(request.param)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiled = pool.map(lambda source: compile_source(source, request.param, folder), SOURCES)
-        kernels = [kernel for of_source in compiled for kernel in of_source]
-    return Build(request.param, kernels, folder)
+
+    def make(folder):
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            each = pool.map(lambda source: compile_source(source, request.param, folder), SOURCES)
+            return Build(
+                request.param, [kernel for of_source in each for kernel in of_source], folder
+            )
+
+    return emulated.once(workers_folder, request.param, make)
 
 
 @pytest.fixture

@@ -31,17 +31,6 @@ def compiled(source, headers, folder):
     return compile_source(source, "sm_90a", folder, *options)
 
 
-@pytest.fixture(scope="module")
-def build(headers, tmp_path_factory):
-    """Both products from one source, which takes less time; its kernels, folder and time."""
-    toolkit()
-    folder = tmp_path_factory.mktemp("cutlass")
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    kernels = compiled(ROOT / "tests/csrc/test_product.cu", headers, folder)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return kernels, folder, after.ru_utime - before.ru_utime
-
-
 def assert_lean(kernels):
     """As many registers as a block has, no local memory, tensor cores, copies of tiles."""
     for kernel in kernels:
@@ -57,21 +46,17 @@ def assert_lean(kernels):
         assert counts["USETMAXREG"] == 2
 
 
-def test_both_products_compile_to_what_they_should(build):
-    kernels, _, _ = build
+def test_both_products_from_one_source(headers, tmp_path):
+    """What they compile to, in what time, and that the driver gets the descriptions it wants."""
+    toolkit()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    kernels = compiled(ROOT / "tests/csrc/test_product.cu", headers, tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert [kernel.name for kernel in kernels] == 4 * ["hopper"]
     assert_lean(kernels)
-
-
-def test_the_build_takes_no_longer_than_it_may(build):
-    _, _, seconds = build
-    assert seconds < SECONDS
-
-
-def test_operands_are_described_as_the_driver_wants_them(build):
-    _, folder, _ = build
-    program = folder / "test_product"
-    linked = run("nvcc", folder / "test_product.o", "-o", program)
+    assert after.ru_utime - before.ru_utime < SECONDS
+    program = tmp_path / "test_product"
+    linked = run("nvcc", tmp_path / "test_product.o", "-o", program)
     assert linked.returncode == 0, linked.stderr
     result = run(program)
     assert result.returncode == 0, result.stderr
