@@ -46,8 +46,10 @@ def assert_lean(kernels):
         assert counts["USETMAXREG"] == 2
 
 
-def test_both_products_from_one_source(headers, tmp_path):
+def test_both_products_from_one_source(headers, tmp_path, request):
     """What they compile to, in what time, and that the driver gets the descriptions it wants."""
+    if not request.config.getoption("full", False):
+        pytest.skip("compiles for long: --full")
     toolkit()
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     kernels = compiled(ROOT / "tests/csrc/test_product.cu", headers, tmp_path)
