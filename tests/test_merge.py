@@ -506,7 +506,11 @@ def test_an_interrupted_unmerge_goes_on_where_it_was():
     layer = fastlora.Linear(8, 4, r=2, init_lora_weights=False)
     before = bits(layer.weight)
     layer.merge()
+    merged = bits(layer.weight)
     for _ in interrupted(layer.unmerge):
+        # merged again, it is so as a whole
+        layer.merge()
+        assert torch.equal(bits(layer.weight), merged)
         layer.unmerge()
         assert torch.equal(bits(layer.weight), before) and not layer.merged
         layer.merge()

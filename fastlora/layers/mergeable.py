@@ -1,5 +1,6 @@
 """Merging a layer's update into its weight and out again; the state_dict is the same either way."""
 
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -13,6 +14,8 @@ from fastlora import checks
 from fastlora import merge as merging
 
 NOT_LOADED = "nothing of this layer was loaded"
+# the scaling of a merge or unmerge that was interrupted: equal to none, so that it counts as stale
+PARTLY = math.nan
 # which layer's update the memory at an address holds, for layers of one weight in several models
 _HOLDERS: "WeakValueDictionary[int, Mergeable]" = WeakValueDictionary()
 
@@ -132,7 +135,12 @@ class Mergeable(nn.Module):
             if not _is_plain(self.weight):
                 raise merging.MergeError(f"weight: was merged before {self.why_not_merged()}")
             own = self._merge_terms(self.weight.detach(), self.lora_parameters())
-            self._merge_record.unmerge(own)
+            before, self._merged_scaling = self._merged_scaling, PARTLY
+            try:
+                self._merge_record.unmerge(own)
+            except merging.MergeError:
+                self._merged_scaling = before
+                raise
             self._forget_merge()
 
     def _forget_merge(self) -> None:
@@ -181,7 +189,7 @@ class Mergeable(nn.Module):
         terms = self._merge_terms(self.weight.detach(), lora)
         record = merging.MergeRecord(terms, scaling, self._merge_record)
         # before the first block is written, as it undoes also a part
-        self._merge_record = record
+        self._merge_record, self._merged_scaling = record, PARTLY
         _HOLDERS[self.weight.data_ptr()] = self
         try:
             record.merge(terms, scaling)
