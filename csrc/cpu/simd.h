@@ -29,7 +29,8 @@ inline void store(T* p, const V& v) {
 
 template <class V, class T>
 inline V broadcast(T x) {
-  return V{} + x;
+  // minus zero leaves every x as it is, so that a load can broadcast; plus zero would not
+  return x - V{};
 }
 
 // a * b + c, rounded once where the instruction set can; explicit, because the build forbids the
