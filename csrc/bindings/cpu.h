@@ -34,15 +34,31 @@ inline Dtype dtype_of(at::ScalarType type) {
 
 inline const Stages& stages_for(const Tensor& t) { return kernels().of(dtype_of(t.scalar_type())); }
 
-inline Matrix matrix(const Tensor& t) {
-  return {t.data_ptr(), dtype_of(t.scalar_type()), t.size(0), t.size(1), t.stride(0), t.stride(1)};
+// rows [row, row + rows) and columns [column, column + cols) of t
+inline Matrix block_of(const Tensor& t, int64_t row, int64_t rows, int64_t column, int64_t cols) {
+  const int64_t offset = row * t.stride(0) + column * t.stride(1);
+  return {static_cast<char*>(t.data_ptr()) + offset * t.element_size(),
+          dtype_of(t.scalar_type()),
+          rows,
+          cols,
+          t.stride(0),
+          t.stride(1)};
 }
+
+inline Matrix matrix(const Tensor& t) { return block_of(t, 0, t.size(0), 0, t.size(1)); }
 
 // the columns from `column` on of part `part` of a contiguous tensor
 inline Packed packed(const Tensor& t, int64_t column = 0, int64_t part = 0) {
   const int64_t offset = (t.dim() > 2 ? part * t.stride(0) : part) + column;
   return {static_cast<char*>(t.data_ptr()) + offset * t.element_size(), t.size(-1)};
 }
+
+// out += P Q, where Q is a frozen weight or its transpose
+void add_base_product(Tensor& out, const Tensor& P, const Tensor& Q);
+
+// whether that is computed by csrc/cpu where it can, else by torch's BLAS
+bool own_base_products();
+void set_own_base_products(bool chosen);
 
 // f(begin, end) over rows of `cols` elements
 template <class F>

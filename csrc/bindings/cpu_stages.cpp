@@ -1,7 +1,7 @@
 // The stages on CPU tensors, as operators.
 //
-// csrc/cpu works on ranges of rows; here threads, buffers and the base products are added. The base
-// product is added in place by torch's own BLAS, so that it costs what the frozen layer costs.
+// csrc/cpu works on ranges of rows; here threads, buffers and the base products are added. A base
+// product is added in place, to what a stage has left there.
 
 #include <torch/library.h>
 
@@ -35,14 +35,12 @@ constexpr int64_t kSharedRows = 64;
 
 // `count` rows of t from `first` on
 Matrix rows_of(const Tensor& t, int64_t first, int64_t count) {
-  char* data = static_cast<char*>(t.data_ptr()) + first * t.stride(0) * t.element_size();
-  return {data, dtype_of(t.scalar_type()), count, t.size(1), t.stride(0), t.stride(1)};
+  return block_of(t, first, count, 0, t.size(1));
 }
 
 // `count` columns of t from `first` on
 Matrix columns_of(const Tensor& t, int64_t first, int64_t count) {
-  char* data = static_cast<char*>(t.data_ptr()) + first * t.stride(1) * t.element_size();
-  return {data, dtype_of(t.scalar_type()), t.size(0), count, t.stride(0), t.stride(1)};
+  return block_of(t, 0, t.size(0), first, count);
 }
 
 Matrix transposed(const Matrix& m) {
@@ -228,7 +226,14 @@ struct Expand {
                          begin, end);
   }
 
-  Tensor add_base(const Tensor& X, const Tensor& W) { return Y.addmm_(X, W.t()); }
+  // A block that is not adapted has the bits of the plain layer: it is torch's product.
+  Tensor add_base(const Tensor& X, const Tensor& W) {
+    if (layout.rows_of_B < layout.N)
+      Y.addmm_(X, W.t());
+    else
+      add_base_product(Y, X, W.t());
+    return Y;
+  }
 
  private:
   const Tensor& S;
@@ -348,7 +353,7 @@ void add_base(Tensor& dX, const Tensor& dY, const Tensor& W) {
   if (is_thin(dX))
     dX.add_(dY.mm(W));
   else
-    dX.addmm_(dY, W);
+    add_base_product(dX, dY, W);
 }
 
 // ---- operators: one stage -----------------------------------------------------------------------

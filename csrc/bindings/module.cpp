@@ -11,7 +11,9 @@
 
 namespace fastlora {
 const Kernels& kernels();
-}
+bool own_base_products();
+void set_own_base_products(bool chosen);
+}  // namespace fastlora
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   namespace py = pybind11;
@@ -35,6 +37,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #endif
         info["instruction_set"] = fastlora::kernels().name;
         info["vector_bits"] = 8 * fastlora::kernels().vector_bytes;
+        info["base_products"] = fastlora::own_base_products() ? "own" : "torch";
 #if defined(FASTLORA_CUDA)
         py::dict cuda;
         cuda["toolkit"] = std::to_string(CUDART_VERSION / 1000) + "." +
@@ -53,6 +56,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return info;
       },
       "What the extension was built with, and which of its builds runs here.");
+  m.def(
+      "set_base_products",
+      [](const std::string& whose) {
+        if (whose != "own" && whose != "torch")
+          throw py::value_error("base products: got '" + whose + "', expected 'own' or 'torch'");
+        fastlora::set_own_base_products(whose == "own");
+      },
+      "Which matrix product multiplies with frozen weights on a CPU: 'own' or 'torch'.");
 #if defined(FASTLORA_CUDA)
   m.def(
       "cuda_obstacle",

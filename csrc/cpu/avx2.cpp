@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "kernels.h"
 
@@ -18,6 +19,7 @@
 #define FASTLORA_ISA isa_avx2
 #define FASTLORA_ISA_TABLE avx2
 #define FASTLORA_VECTOR_BYTES 32
+#define FASTLORA_REGISTERS 16
 #define FASTLORA_TILE_ROWS 4
 #define FASTLORA_X86_FMA
 #include "stages.inc"

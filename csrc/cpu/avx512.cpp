@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "kernels.h"
 
@@ -26,6 +27,7 @@
 #define FASTLORA_ISA isa_avx512
 #define FASTLORA_ISA_TABLE avx512
 #define FASTLORA_VECTOR_BYTES 64
+#define FASTLORA_REGISTERS 32
 #define FASTLORA_TILE_ROWS 8
 #define FASTLORA_X86_FMA
 #define FASTLORA_X86_AVX512

@@ -8,11 +8,17 @@
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "kernels.h"
 
 #define FASTLORA_ISA isa_baseline
 #define FASTLORA_ISA_TABLE baseline
 #define FASTLORA_VECTOR_BYTES 16
+#if defined(__aarch64__)
+#define FASTLORA_REGISTERS 32
+#else
+#define FASTLORA_REGISTERS 16
+#endif
 #define FASTLORA_TILE_ROWS 4
 #include "stages.inc"

@@ -47,6 +47,10 @@ struct Packed {
   int64_t stride;
 };
 
+// The terms that a base product adds at a time: those of a few rows of P stay in the first-level
+// cache, those of kBaseColumns columns of Q in the second.
+constexpr int64_t kBaseTerms = 256, kBaseColumns = 512;
+
 // Widths of the codes that a correction of a merged weight may have.
 constexpr int kCodeBits[] = {0, 2, 4, 8};
 
@@ -75,6 +79,10 @@ struct Stages {
   // dX = m∘(dS A), or dX += that where `add` is set; the product with W is the caller's; A: (R, K)
   void (*grad_input)(Packed dS, int64_t R, Packed A, Mask mask, bool add, const Matrix& dX,
                      int64_t begin, int64_t end);
+
+  // out += P Q; buffer: min(Q.rows, kBaseTerms) times its columns, rounded up to two vectors, of
+  // elements. Null for 16-bit dtypes.
+  void (*add_base_product)(const Matrix& P, const Matrix& Q, const Matrix& out, void* buffer);
 
   // out = sum of `count` parts that lie `distance` elements apart, or of their transposes;
   // [begin, end): rows of out

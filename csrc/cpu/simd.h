@@ -33,6 +33,29 @@ inline V broadcast(T x) {
   return x - V{};
 }
 
+template <int... I>
+using Indices = std::integer_sequence<int, I...>;
+
+// the elements of a, then b, at these places
+template <class V, int... I>
+inline V shuffle(V a, V b, Indices<I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, I...);
+#else
+  using Lane = std::conditional_t<sizeof(a[0]) == 8, int64_t, int32_t>;
+  return __builtin_shuffle(a, b, Vector<Lane, sizeof...(I)>{I...});
+#endif
+}
+
+// Of rows a and b of a square, `Step` apart, that which takes a's place (or b's) when the blocks of
+// `Step` columns beside its diagonal change places.
+template <int Step, bool Second, class V, int... I>
+inline V exchanged(V a, V b, Indices<I...>) {
+  constexpr int n = sizeof...(I);
+  return shuffle(
+      a, b, Indices<(Second ? (I & Step ? n + I : I + Step) : (I & Step ? n + I - Step : I))...>{});
+}
+
 // a * b + c, rounded once where the instruction set can; explicit, because the build forbids the
 // compiler to contract (merging depends on that)
 template <class V>

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastlora.backends.operators import FLOATS, Operators, define
+from fastlora.environment import variable
 
 name = "native"
 dtypes: dict[str, tuple[torch.dtype, ...]] = {"cpu": (*FLOATS, torch.float64)}
@@ -26,6 +27,8 @@ except ImportError as error:
     _obstacle = f"the C++ extension cannot be loaded: {error}"
     warnings.warn(f"fastlora runs without its C++ extension: {error}", stacklevel=2)
 else:
+    if _whose := variable("FASTLORA_BASE_PRODUCTS"):
+        _C.set_base_products(_whose)
     if _C.build_info()["cuda"]:
         dtypes["cuda"] = FLOATS
 
@@ -45,6 +48,8 @@ def description() -> str:
     """The builds of the kernels: instruction set, vector width, architectures of GPUs."""
     info = build_info()
     cpu = f"{info['instruction_set']}, {info['vector_bits']}-bit vectors"
+    if info["base_products"] == "own":
+        cpu += ", own base products in float32"
     return f"{cpu}; CUDA for {info['cuda']['architectures']}" if info["cuda"] else cpu
 
 
