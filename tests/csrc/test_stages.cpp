@@ -285,6 +285,10 @@ struct Case {
 const Case kCases[] = {{0, 5, 6, 2},       {1, 1, 1, 1},       {5, 7, 12, 3},
                        {31, 33, 40, 8},    {32, 128, 128, 16}, {33, 127, 129, 9},
                        {70, 260, 200, 65}, {17, 96, 64, 130}};
+// of a base product: one of everything; a row less than the registers hold, and one more; terms
+// and columns to the last one and beyond
+const int64_t kProducts[][3] = {{1, 1, 1},      {5, 7, 12},     {13, 16, 31}, {14, 128, 64},
+                                {15, 129, 100}, {43, 257, 130}, {6, 600, 33}};
 const uint32_t kThresholds[] = {0, 6554, 32768, 65536};
 constexpr double c = 0.5;
 
@@ -441,6 +445,26 @@ void test_grad_input(const Stages& stages, Dtype dtype, const Case& of, Layout l
       return drawn.keeps(i, k) ? times * sum : 0;
     });
   }
+}
+
+void test_add_base_product(const Stages& stages, Dtype dtype, int64_t M, int64_t L, int64_t N,
+                           Layout of_P, Layout of_Q, Layout of_out) {
+  if (size_of(dtype) == 2) {
+    CHECK(!stages.add_base_product);
+    return;
+  }
+  Grid P(dtype, M, L, of_P), Q(dtype, L, N, of_Q), out(dtype, M, N, of_out);
+  P.fill_with_integers(), Q.fill_with_integers(), out.fill_with_integers();
+  Grid before = out;
+  // of exactly the size that is asked for
+  const int64_t columns = round_up(N, 2 * lanes(dtype));
+  std::vector<char> buffer(std::min(L, kBaseTerms) * columns * size_of(dtype));
+  stages.add_base_product(P.view(), Q.view(), out.view(), buffer.data());
+  out.check([&](int64_t i, int64_t j) {
+    double sum = before.at(i, j);
+    for (int64_t l = 0; l < L; ++l) sum += P.at(i, l) * Q.at(l, j);
+    return sum;
+  });
 }
 
 void test_add_parts(const Stages& stages, Dtype dtype, const Case& of, Layout layout) {
@@ -611,6 +635,15 @@ void run(const Kernels& build) {
         next("add_parts"), test_add_parts(stages, dtype, of, in);
         next("delta"), test_delta(stages, dtype, of, in);
         next("add_low_rank"), test_add_low_rank(stages, dtype, of, in);
+      }
+    for (const auto& [M, L, N] : kProducts)
+      for (int layout = 0; layout < kLayouts; ++layout) {
+        const Layout in = Layout(layout);
+        what = prefix + "add_base_product M=" + std::to_string(M) + " L=" + std::to_string(L) +
+               " N=" + std::to_string(N) + " layout=" + std::to_string(layout);
+        test_add_base_product(stages, dtype, M, L, N, in, kDense, kGaps);
+        test_add_base_product(stages, dtype, M, L, N, kDense, in, kDense);
+        test_add_base_product(stages, dtype, M, L, N, kOneRow, kTransposed, in);
       }
     what = prefix + "conversions";
     if (size_of(dtype) == 2) test_conversions(stages, dtype);
