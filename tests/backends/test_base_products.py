@@ -33,7 +33,7 @@ def own(whose):
     whose("own")
 
 
-@pytest.fixture(params=[1, 2, 3, 5, 16])
+@pytest.fixture(params=[1, 2, 3, 4])
 def threads(request):
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
@@ -68,7 +68,7 @@ def test_no_less_accurate_than_the_composition(own, M, K, N, r, p, bias, blocks)
 
 
 @pytest.mark.parametrize("M", [64, 69, 83, 130])
-@pytest.mark.parametrize(("K", "N"), [(128, 128), (256, 544), (257, 129), (521, 1030)])
+@pytest.mark.parametrize(("K", "N"), [(128, 128), (256, 544), (257, 129), (521, 550)])
 def test_exact_sums(own, M, K, N, threads):
     X, W, b, S, B, A = (
         *(integers(M, K), integers(N, K), integers(N), integers(M, 5)),
@@ -98,7 +98,7 @@ def test_any_strides(own, which, view):
 
 def test_the_number_of_threads_changes_no_bit(own, threads):
     torch.manual_seed(0)
-    X, W, S, B = (torch.randn(*shape) for shape in ((150, 700), (400, 700), (150, 4), (400, 4)))
+    X, W, S, B = (torch.randn(*shape) for shape in ((150, 700), (550, 700), (150, 4), (550, 4)))
     Y = expand(X, W, None, S, B)
     torch.set_num_threads(1)
     assert torch.equal(Y, expand(X, W, None, S, B))
@@ -140,12 +140,30 @@ def test_torchs_precision_is_heeded(whose):
 
 @pytest.mark.parametrize("sizes", [(63, 300, 200), (100, 127, 200), (100, 300, 127)])
 def test_small_products_are_torchs(whose, sizes):
+    torch.manual_seed(0)
     M, K, N = sizes
     X, W, S, B = (torch.randn(*shape) for shape in ((M, K), (N, K), (M, 2), (N, 2)))
     whose("torch")
     Y = expand(X, W, None, S, B)
     whose("own")
     assert torch.equal(Y, expand(X, W, None, S, B))
+
+
+def test_threads_with_few_columns_leave_it_to_torch(whose):
+    X, W, S, B = (torch.randn(*shape) for shape in ((100, 300), (500, 300), (100, 2), (500, 2)))
+    before = torch.get_num_threads()
+    same = {}
+    try:
+        for n in (3, 4):
+            torch.set_num_threads(n)
+            results = []
+            for name in ("own", "torch"):
+                whose(name)
+                results.append(expand(X, W, None, S, B))
+            same[n] = torch.equal(*results)
+    finally:
+        torch.set_num_threads(before)
+    assert same == {3: False, 4: True}
 
 
 # ---- the choice
