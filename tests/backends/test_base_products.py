@@ -33,12 +33,19 @@ def own(whose):
     whose("own")
 
 
-@pytest.fixture(params=[1, 2, 3, 4])
-def threads(request):
+@pytest.fixture(autouse=True)
+def one_thread():
+    """With more of them, products as small as these are torch's."""
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[1, 2, 3, 4])
+def threads(request, one_thread):
+    torch.set_num_threads(request.param)
+    return request.param
 
 
 def integers(*shape):
@@ -47,6 +54,13 @@ def integers(*shape):
 
 def expand(X, W, bias, S, B):
     return torch.ops.fastlora.expand(X, W, bias, S, B, [W.shape[0]], [True], 1)
+
+
+def both(whose, X, W, S, B):
+    """The results of own products, and of torch's."""
+    for name in ("own", "torch"):
+        whose(name)
+        yield expand(X, W, None, S, B)
 
 
 def grad_input(dY, W, dS, A):
@@ -123,17 +137,12 @@ def test_torchs_precision_is_heeded(whose):
     """Where float32 may be multiplied in bfloat16, torch's product does as it sees fit."""
     X, W, S, B = (torch.randn(*shape) for shape in ((100, 300), (200, 300), (100, 2), (200, 2)))
 
-    def results():
-        for name in ("own", "torch"):
-            whose(name)
-            yield expand(X, W, None, S, B)
-
     before = torch.backends.mkldnn.matmul.fp32_precision
-    assert not torch.equal(*results())
+    assert not torch.equal(*both(whose, X, W, S, B))
     try:
         for precision in ("bf16", "tf32"):
             torch.backends.mkldnn.matmul.fp32_precision = precision
-            assert torch.equal(*results())
+            assert torch.equal(*both(whose, X, W, S, B))
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
 
@@ -143,27 +152,16 @@ def test_small_products_are_torchs(whose, sizes):
     torch.manual_seed(0)
     M, K, N = sizes
     X, W, S, B = (torch.randn(*shape) for shape in ((M, K), (N, K), (M, 2), (N, 2)))
-    whose("torch")
-    Y = expand(X, W, None, S, B)
-    whose("own")
-    assert torch.equal(Y, expand(X, W, None, S, B))
+    assert torch.equal(*both(whose, X, W, S, B))
 
 
 def test_threads_with_few_columns_leave_it_to_torch(whose):
     X, W, S, B = (torch.randn(*shape) for shape in ((100, 300), (500, 300), (100, 2), (500, 2)))
-    before = torch.get_num_threads()
-    same = {}
-    try:
-        for n in (3, 4):
-            torch.set_num_threads(n)
-            results = []
-            for name in ("own", "torch"):
-                whose(name)
-                results.append(expand(X, W, None, S, B))
-            same[n] = torch.equal(*results)
-    finally:
-        torch.set_num_threads(before)
-    assert same == {3: False, 4: True}
+
+    torch.set_num_threads(3)
+    assert not torch.equal(*both(whose, X, W, S, B))
+    torch.set_num_threads(4)
+    assert torch.equal(*both(whose, X, W, S, B))
 
 
 # ---- the choice
