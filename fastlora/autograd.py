@@ -40,7 +40,7 @@ def once_differentiable(backward: Backward) -> Backward:
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    if torch.compiler.is_compiling() and torch.amp.is_autocast_available(device.type):
+    if torch.compiler.is_compiling() and checks.knows_autocast(device.type):
         # Dynamo traces this where forward has put autocast out, but what it traces runs where
         # forward was called
         return torch.autocast(device.type, enabled=False)

@@ -25,9 +25,16 @@ _SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 def under_autocast(device: torch.device) -> bool:
     """Whether autocast is on for this kind of device."""
-    # the meta device does not know autocast
-    known = torch.amp.is_autocast_available(device.type)
-    return known and torch.is_autocast_enabled(device.type)
+    return knows_autocast(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def knows_autocast(device_type: str) -> bool:
+    """Whether there is autocast for this kind of device; there is none for the meta device."""
+    return torch.amp.is_autocast_available(device_type)
+
+
+# torch.compile of torch 2.11 cannot look into it
+knows_autocast._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -7,7 +7,7 @@
 #include "checks.h"
 #include "cpu/kernels.h"
 
-namespace fastlora {
+namespace fastlora::cpu {
 
 // elements of a factor that a thread is woken for
 constexpr int64_t kFactorElements = 1 << 16;
@@ -80,4 +80,4 @@ inline Tensor pack_rows(const Tensor& factor, at::ScalarType wide, int64_t paddi
   return out;
 }
 
-}  // namespace fastlora
+}  // namespace fastlora::cpu

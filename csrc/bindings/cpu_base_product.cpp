@@ -5,7 +5,7 @@
 
 #include "cpu.h"
 
-namespace fastlora {
+namespace fastlora::cpu {
 
 namespace {
 
@@ -64,4 +64,4 @@ void add_base_product(Tensor& out, const Tensor& P, const Tensor& Q) {
   });
 }
 
-}  // namespace fastlora
+}  // namespace fastlora::cpu

@@ -10,7 +10,7 @@
 #include "corrections.h"
 #include "cpu.h"
 
-namespace fastlora {
+namespace fastlora::cpu {
 namespace {
 
 // elements of a weight that a thread is woken for; whole pieces of csrc/cpu/merge.h
@@ -118,4 +118,4 @@ TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
   m.impl("checksum", checksum);
 }
 
-}  // namespace fastlora
+}  // namespace fastlora::cpu

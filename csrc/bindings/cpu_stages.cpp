@@ -12,7 +12,7 @@
 
 #include "cpu.h"
 
-namespace fastlora {
+namespace fastlora::cpu {
 
 const Kernels& kernels() {
   static const Kernels& chosen = []() -> const Kernels& {
@@ -570,4 +570,4 @@ TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
   m.impl("delta", delta);
 }
 
-}  // namespace fastlora
+}  // namespace fastlora::cpu

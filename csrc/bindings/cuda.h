@@ -3,15 +3,12 @@
 
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 
 #include <tuple>
 
 #include "checks.h"
 #include "fastlora/stages.h"
-
-// Of torch's stable interface, so that a torch without CUDA is enough to build this; null there.
-extern "C" __attribute__((weak)) int32_t aoti_torch_get_current_cuda_stream(int32_t device,
-                                                                            void** stream);
 
 // tests/csrc builds these files for an emulated device, whose memory is that of the CPU
 #if defined(FASTLORA_EMULATED)
@@ -30,14 +27,15 @@ inline void check_launch(const char* stage, cudaError_t error) {
   TORCH_CHECK(error == cudaSuccess, "fastlora::", stage, ": ", cuda::describe(error));
 }
 
+// Asked of c10, which has it from whatever part of torch serves the device: the extension is linked
+// to none of CUDA's, and can be built beside a torch without them.
 inline cudaStream_t current_stream([[maybe_unused]] at::Device device) {
-  void* stream = nullptr;
-#if !defined(FASTLORA_EMULATED)
-  TORCH_CHECK(aoti_torch_get_current_cuda_stream, "this torch has no CUDA streams");
-  const int32_t error = aoti_torch_get_current_cuda_stream(device.index(), &stream);
-  TORCH_CHECK(!error, "no current stream of ", device);
+#if defined(FASTLORA_EMULATED)
+  return nullptr;
+#else
+  const c10::impl::VirtualGuardImpl guard(device.type());
+  return static_cast<cudaStream_t>(guard.getStream(device).native_handle());
 #endif
-  return static_cast<cudaStream_t>(stream);
 }
 
 // Where the work of a call goes: the device of its first tensor and the stream that is current

@@ -9,11 +9,11 @@
 #include "fastlora/stages.h"
 #endif
 
-namespace fastlora {
+namespace fastlora::cpu {
 const Kernels& kernels();
 bool own_base_products();
 void set_own_base_products(bool chosen);
-}  // namespace fastlora
+}  // namespace fastlora::cpu
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   namespace py = pybind11;
@@ -35,9 +35,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #else
             false;
 #endif
-        info["instruction_set"] = fastlora::kernels().name;
-        info["vector_bits"] = 8 * fastlora::kernels().vector_bytes;
-        info["base_products"] = fastlora::own_base_products() ? "own" : "torch";
+        info["instruction_set"] = fastlora::cpu::kernels().name;
+        info["vector_bits"] = 8 * fastlora::cpu::kernels().vector_bytes;
+        info["base_products"] = fastlora::cpu::own_base_products() ? "own" : "torch";
 #if defined(FASTLORA_CUDA)
         py::dict cuda;
         cuda["toolkit"] = std::to_string(CUDART_VERSION / 1000) + "." +
@@ -61,7 +61,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       [](const std::string& whose) {
         if (whose != "own" && whose != "torch")
           throw py::value_error("base products: got '" + whose + "', expected 'own' or 'torch'");
-        fastlora::set_own_base_products(whose == "own");
+        fastlora::cpu::set_own_base_products(whose == "own");
       },
       "Which matrix product multiplies with frozen weights on a CPU: 'own' or 'torch'.");
 #if defined(FASTLORA_CUDA)

@@ -7,7 +7,7 @@
 #include "product.h"
 #include "tile.h"
 
-namespace fastlora::FASTLORA_ISA {
+namespace fastlora::cpu::FASTLORA_ISA {
 
 // rows of out whose sums fit the registers, beside two vectors of Q and an element of P
 constexpr int kBaseRows = (FASTLORA_REGISTERS - 4) / 2;
@@ -109,4 +109,4 @@ void add_base_product(const Matrix& P, const Matrix& Q, const Matrix& out, void*
   }
 }
 
-}  // namespace fastlora::FASTLORA_ISA
+}  // namespace fastlora::cpu::FASTLORA_ISA

@@ -4,7 +4,7 @@
 #include "dropout.h"
 #include "simd.h"
 
-namespace fastlora::FASTLORA_ISA {
+namespace fastlora::cpu::FASTLORA_ISA {
 
 struct bf16 {
   uint16_t bits;
@@ -150,4 +150,4 @@ inline void store_row(const Wide<T>* values, int64_t width, const uint8_t* mask,
   }
 }
 
-}  // namespace fastlora::FASTLORA_ISA
+}  // namespace fastlora::cpu::FASTLORA_ISA

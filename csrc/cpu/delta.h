@@ -4,7 +4,7 @@
 #include "product.h"
 #include "tile.h"
 
-namespace fastlora::FASTLORA_ISA {
+namespace fastlora::cpu::FASTLORA_ISA {
 
 template <class T>
 void delta(Packed B, int64_t r, Packed A, double scaling, const Matrix& dW, int64_t begin,
@@ -25,4 +25,4 @@ void delta(Packed B, int64_t r, Packed A, double scaling, const Matrix& dW, int6
   }
 }
 
-}  // namespace fastlora::FASTLORA_ISA
+}  // namespace fastlora::cpu::FASTLORA_ISA

@@ -3,7 +3,7 @@
 
 #include "simd.h"
 
-namespace fastlora::FASTLORA_ISA {
+namespace fastlora::cpu::FASTLORA_ISA {
 
 constexpr uint32_t kLaneRange = 1 << 16;
 constexpr int kRounds = 7;
@@ -76,4 +76,4 @@ inline V keep(V x, const uint8_t* mask, int64_t k) {
   return V(Bits(x) & ((lane & bits) != 0));
 }
 
-}  // namespace fastlora::FASTLORA_ISA
+}  // namespace fastlora::cpu::FASTLORA_ISA

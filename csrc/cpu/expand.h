@@ -4,7 +4,7 @@
 #include "product.h"
 #include "tile.h"
 
-namespace fastlora::FASTLORA_ISA {
+namespace fastlora::cpu::FASTLORA_ISA {
 
 template <class T>
 void expand(Packed S, int64_t r, Packed Bt, const Packed* bias, Spans spans, const Matrix& Y,
@@ -36,4 +36,4 @@ void expand(Packed S, int64_t r, Packed Bt, const Packed* bias, Spans spans, con
   }
 }
 
-}  // namespace fastlora::FASTLORA_ISA
+}  // namespace fastlora::cpu::FASTLORA_ISA

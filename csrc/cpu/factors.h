@@ -3,7 +3,7 @@
 
 #include "convert.h"
 
-namespace fastlora::FASTLORA_ISA {
+namespace fastlora::cpu::FASTLORA_ISA {
 
 // so many rows at a time, so that both sides of a transposition stay in cache
 constexpr int64_t kStrip = 32;
@@ -62,4 +62,4 @@ void add_parts(Packed parts, int64_t count, int64_t distance, bool transpose, co
     for (int64_t i = 0; i < out.cols; ++i) add(i, strip, std::min(strip + kStrip, end));
 }
 
-}  // namespace fastlora::FASTLORA_ISA
+}  // namespace fastlora::cpu::FASTLORA_ISA

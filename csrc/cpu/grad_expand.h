@@ -4,7 +4,7 @@
 #include "product.h"
 #include "tile.h"
 
-namespace fastlora::FASTLORA_ISA {
+namespace fastlora::cpu::FASTLORA_ISA {
 
 template <class T>
 void grad_expand(const Matrix& dY, Packed S, int64_t r, Packed B, double c, Spans spans, Packed dS,
@@ -47,4 +47,4 @@ void grad_expand(const Matrix& dY, Packed S, int64_t r, Packed B, double c, Span
   }
 }
 
-}  // namespace fastlora::FASTLORA_ISA
+}  // namespace fastlora::cpu::FASTLORA_ISA

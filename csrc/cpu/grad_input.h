@@ -4,7 +4,7 @@
 #include "product.h"
 #include "tile.h"
 
-namespace fastlora::FASTLORA_ISA {
+namespace fastlora::cpu::FASTLORA_ISA {
 
 template <class T>
 void grad_input(Packed dS, int64_t R, Packed A, Mask mask, bool add, const Matrix& dX,
@@ -25,4 +25,4 @@ void grad_input(Packed dS, int64_t R, Packed A, Mask mask, bool add, const Matri
   }
 }
 
-}  // namespace fastlora::FASTLORA_ISA
+}  // namespace fastlora::cpu::FASTLORA_ISA

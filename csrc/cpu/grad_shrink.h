@@ -4,7 +4,7 @@
 #include "product.h"
 #include "tile.h"
 
-namespace fastlora::FASTLORA_ISA {
+namespace fastlora::cpu::FASTLORA_ISA {
 
 template <class T>
 void grad_shrink(Packed dS, int64_t R, const Matrix& X, Mask mask, Packed dA, int64_t begin,
@@ -25,4 +25,4 @@ void grad_shrink(Packed dS, int64_t R, const Matrix& X, Mask mask, Packed dA, in
   }
 }
 
-}  // namespace fastlora::FASTLORA_ISA
+}  // namespace fastlora::cpu::FASTLORA_ISA

@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-namespace fastlora {
+namespace fastlora::cpu {
 
 enum class Dtype { f32, f64, bf16, f16 };
 
@@ -143,4 +143,4 @@ extern const Kernels avx2;
 extern const Kernels avx512;
 #endif
 
-}  // namespace fastlora
+}  // namespace fastlora::cpu

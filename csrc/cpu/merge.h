@@ -5,7 +5,7 @@
 #include "product.h"
 #include "tile.h"
 
-namespace fastlora::FASTLORA_ISA {
+namespace fastlora::cpu::FASTLORA_ISA {
 
 // ---- round(base + delta) ------------------------------------------------------------------------
 
@@ -228,4 +228,4 @@ int64_t checksum(const void* data, int64_t begin, int64_t end) {
   return int64_t(sum);
 }
 
-}  // namespace fastlora::FASTLORA_ISA
+}  // namespace fastlora::cpu::FASTLORA_ISA

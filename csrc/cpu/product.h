@@ -3,7 +3,7 @@
 
 #include "simd.h"
 
-namespace fastlora::FASTLORA_ISA {
+namespace fastlora::cpu::FASTLORA_ISA {
 
 // A sum over more terms than these is a sum of such sums, each begun at zero: measured over 768
 // terms, its rms rounding error is half that of MKL's
@@ -92,4 +92,4 @@ inline void product(int64_t M, int64_t N, int64_t L, Left<C> P, const C* Q, int6
                                                            out_stride, at(j));
 }
 
-}  // namespace fastlora::FASTLORA_ISA
+}  // namespace fastlora::cpu::FASTLORA_ISA

@@ -4,7 +4,7 @@
 #include "product.h"
 #include "tile.h"
 
-namespace fastlora::FASTLORA_ISA {
+namespace fastlora::cpu::FASTLORA_ISA {
 
 template <class T>
 void shrink(const Matrix& X, Packed At, double c, uint32_t t, uint64_t seed, Mask mask, Packed S,
@@ -37,4 +37,4 @@ void shrink(const Matrix& X, Packed At, double c, uint32_t t, uint64_t seed, Mas
   }
 }
 
-}  // namespace fastlora::FASTLORA_ISA
+}  // namespace fastlora::cpu::FASTLORA_ISA

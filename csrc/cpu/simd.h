@@ -3,7 +3,7 @@
 // GCC's and Clang's vector types carry the arithmetic; intrinsics only what these cannot say.
 #pragma once
 
-namespace fastlora::FASTLORA_ISA {
+namespace fastlora::cpu::FASTLORA_ISA {
 
 template <class T, int Lanes>
 struct VectorOf {
@@ -120,4 +120,4 @@ inline Vector<uint64_t, 8> multiply_low_halves(Vector<uint64_t, 8> a, Vector<uin
 }
 #endif
 
-}  // namespace fastlora::FASTLORA_ISA
+}  // namespace fastlora::cpu::FASTLORA_ISA

@@ -3,7 +3,7 @@
 
 #include "convert.h"
 
-namespace fastlora::FASTLORA_ISA {
+namespace fastlora::cpu::FASTLORA_ISA {
 
 // A tile, and the columns of S or dS that belong to it. Multiples of 64 elements, which are 8 bytes
 // of the mask.
@@ -67,4 +67,4 @@ inline void store_tile(Tile<Wide<T>> filled, const Matrix& Y, int64_t row, int64
                  add);
 }
 
-}  // namespace fastlora::FASTLORA_ISA
+}  // namespace fastlora::cpu::FASTLORA_ISA

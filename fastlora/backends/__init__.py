@@ -124,8 +124,12 @@ class Backend(Protocol):
 
 
 class _Requested(threading.local):
-    # each thread has its own; an attribute, because torch.compile cannot read a ContextVar
-    name = "auto"
+    """Each thread has its own."""
+
+    def __init__(self) -> None:
+        # torch.compile can read an attribute of an instance: neither a ContextVar nor, in torch
+        # 2.11, what hides one of the class
+        self.name = "auto"
 
 
 _requested = _Requested()

@@ -28,12 +28,11 @@ KERNELS = (
     *sorted(set(ROOT.glob("csrc/cuda/*.cu")) - {RUNTIME}),
     ROOT / "csrc/cutlass/fused.cu",
     ROOT / "tests/csrc/hopper.cpp",
+    ROOT / "tests/csrc/runtime.cpp",
 )
-SOURCES = (
-    *KERNELS,
+BINDINGS = (
     *sorted(ROOT.glob("csrc/bindings/cuda_*.cpp")),
     *sorted(ROOT.glob("csrc/bindings/cutlass_*.cpp")),
-    ROOT / "tests/csrc/runtime.cpp",
 )
 
 name = "emulated"
@@ -109,8 +108,12 @@ def load(folder):
     library = folder / "emulated.so"
     with FileLock(folder / "emulated.lock"):
         if not library.exists():
-            torch_headers = [f"-isystem{path}" for path in cpp_extension.include_paths()]
-            objects = compile_all(SOURCES, folder, "-std=c++20", "-fPIC", *torch_headers)
+            options = ["-std=c++20", "-fPIC"]
+            options += [f"-isystem{path}" for path in cpp_extension.include_paths()]
+            objects = compile_all(KERNELS, folder, *options)
+            # two functions of one name in the extension would be one
+            options += ["-Icsrc", "-Icsrc/cpu", "-include", "csrc/bindings/cpu.h"]
+            objects += compile_all(BINDINGS, folder, *options)
             libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
             libraries += ["-ltorch", "-ltorch_cpu", "-lc10"]
             linked = run(*CXX.split(), "-shared", *objects, *libraries, "-o", library)

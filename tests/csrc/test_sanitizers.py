@@ -71,6 +71,6 @@ def test_no_function_for_one_instruction_set_can_run_on_another_machine(tmp_path
     names = ("avx2", "avx512")
     with ThreadPoolExecutor() as pool:
         for name, symbols in zip(names, pool.map(for_the_linker, names), strict=True):
-            own = {symbol for symbol in symbols if f"fastlora::isa_{name}::" in symbol}
+            own = {symbol for symbol in symbols if f"fastlora::cpu::isa_{name}::" in symbol}
             assert own
-            assert symbols - own == {f"fastlora::{name}"}
+            assert symbols - own == {f"fastlora::cpu::{name}"}

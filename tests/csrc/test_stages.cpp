@@ -19,7 +19,7 @@
 
 #include "kernels.h"
 
-using namespace fastlora;
+using namespace fastlora::cpu;
 
 namespace {
 
