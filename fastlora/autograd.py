@@ -47,6 +47,15 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return checks.without_autocast(device)
 
 
+def _returned(Y: Tensor) -> Tensor:
+    """Itself, as what a forward returns.
+
+    Torch 2.11 compiles a forward that returns what it has written in place to one without
+    gradients (https://github.com/pytorch/pytorch/issues/180642), but for a view of it.
+    """
+    return Y.view_as(Y) if torch.compiler.is_compiling() else Y
+
+
 @dataclass(frozen=True)
 class LinearSpec:
     """What a call of :class:`LoRALinear` knows besides its tensors.
@@ -95,7 +104,7 @@ class LoRALinear(torch.autograd.Function):
             S if need_B else None,
             mask if need_X or need_A else None,
         )
-        return Y
+        return _returned(Y)
 
     @staticmethod
     @once_differentiable
@@ -148,7 +157,7 @@ class LoRAMultiLinear(torch.autograd.Function):
             *_where(S, need_B),
             *_where(mask, [need_X or need for need in need_A]),
         )
-        return tuple(Y)
+        return tuple(map(_returned, Y))
 
     @staticmethod
     @once_differentiable
@@ -224,7 +233,7 @@ class LoRAEmbedding(torch.autograd.Function):
         S = reference_embedding.shrink(index, A, spec.scaling, W.dtype)
         ctx.spec, ctx.V, ctx.dtype_A = spec, W.shape[0], A.dtype
         ctx.save_for_backward(index, B, S if ctx.needs_input_grad[3] else None)
-        return reference_embedding.expand(index, W, S, B)
+        return _returned(reference_embedding.expand(index, W, S, B))
 
     @staticmethod
     @once_differentiable
@@ -279,7 +288,7 @@ class LoRAConv(torch.autograd.Function):
             S if need_B else None,
             mask if need_X or need_A else None,
         )
-        return reference_conv.expand(X, W.to(X.dtype), bias, S, B, spec.at)
+        return _returned(reference_conv.expand(X, W.to(X.dtype), bias, S, B, spec.at))
 
     @staticmethod
     @once_differentiable
@@ -328,9 +337,8 @@ class DenseLoRAConv(torch.autograd.Function):
         if mask is None:
             return reference_conv.conv(X, (W + delta).to(X.dtype), bias, at)
         Y = reference_conv.conv(X, W.to(X.dtype), bias, at)
-        return Y.add_(
-            reference_conv.conv(reference_conv.keep(X, mask, at), delta.to(X.dtype), None, at)
-        )
+        Y += reference_conv.conv(reference_conv.keep(X, mask, at), delta.to(X.dtype), None, at)
+        return _returned(Y)
 
     @staticmethod
     @once_differentiable

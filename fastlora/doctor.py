@@ -143,6 +143,9 @@ def _devices(backend: str) -> list[str]:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        # with the CUDA that it was built for, which is not in the package's own
+        return str(torch.__version__)
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -152,7 +152,8 @@ def expand(
     M, N = X.shape[0], W.shape[0]
     Y = X.new_empty(M, N)
     if bias is not None:
-        Y.copy_(bias)
+        # expanded, as torch 2.11 compares the sizes, and exports no program for every M
+        Y.copy_(bias.expand_as(Y))
     elif blocks.adapted_features < N:
         Y.zero_()
     r = B.shape[1]
