@@ -327,11 +327,15 @@ def measure(shape: Shape, device: torch.device, best: Ceilings) -> tuple[list[Ro
     return rows, {f"{name}, {shape.label}, r={shape.r}": why for name, why in failed.items()}
 
 
-def host_cost(device: torch.device) -> dict[str, tuple[Spread, Spread]]:
+def host_cost(
+    device: torch.device,
+) -> tuple[dict[str, tuple[Spread, Spread]], dict[str, str]]:
     """Seconds of the host for a forward, and for a forward and backward, without waiting for it.
 
-    The layer is so small that the device is done with it before the host can launch the next.
+    The layer is so small that the device is done with it before the host can launch the next. What
+    does not run is left out, and given back with the reason.
     """
+    failed: dict[str, str] = {}
     steps: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {}
     inputs = Inputs.make(TINY, device)
     for name, setup in providers().items():
@@ -339,6 +343,9 @@ def host_cost(device: torch.device) -> dict[str, tuple[Spread, Spread]]:
             case = setup(TINY, inputs)
             case.step()
         except Skipped:
+            continue
+        except Exception as error:
+            failed[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
             continue
         steps[name] = (case.forward, case.step)
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in steps}
@@ -351,10 +358,11 @@ def host_cost(device: torch.device) -> dict[str, tuple[Spread, Spread]]:
                     step()
                 seconds.append((time.perf_counter() - start) / HOST_STEPS)
     # the first round warms up
-    return {
+    spreads = {
         name: (Spread.of(forward[1:]), Spread.of(both[1:]))
         for name, (forward, both) in found.items()
     }
+    return spreads, failed
 
 
 def run_once(shape: Shape) -> None:
@@ -443,15 +451,20 @@ def run_stages(device: torch.device, quick: bool, out: Path | None, console: Con
     parts = ["# Stages\n", report.environment_markdown(record["environment"]), said]
     parts += [table.markdown(), report.skipped_markdown(failed, "Failed")]
     report.write(folder, "stages", record, "\n".join(part for part in parts if part))
+    return conclude(failed, folder, console)
+
+
+def conclude(failed: dict[str, str], folder: Path, console: Console) -> int:
+    """Says what failed and where the rest is; gives the exit status back."""
     for name, reason in failed.items():
         console.print(f"failed: {name}: {reason}", style="red")
     console.print(f"written to {folder}")
     return 1 if failed else 0
 
 
-def run_host(device: torch.device, out: Path | None, console: Console) -> None:
-    """Measure the host's time and write ``host.json`` and ``host.md``."""
-    found = host_cost(device)
+def run_host(device: torch.device, out: Path | None, console: Console) -> int:
+    """Measure the host's time and write ``host.json`` and ``host.md``; 1 where something failed."""
+    found, failed = host_cost(device)
     table = host_table(found)
     table.show(console)
     folder = report.folder_for(device, out)
@@ -467,8 +480,9 @@ def run_host(device: torch.device, out: Path | None, console: Console) -> None:
         "other, without waiting for the device.\n"
     )
     parts = ["# Host\n", report.environment_markdown(record["environment"]), said]
-    report.write(folder, "host", record, "\n".join([*parts, table.markdown()]))
-    console.print(f"written to {folder}")
+    parts += [table.markdown(), report.skipped_markdown(failed, "Failed")]
+    report.write(folder, "host", record, "\n".join(part for part in parts if part))
+    return conclude(failed, folder, console)
 
 
 def needs_gpu() -> torch.device:
@@ -485,7 +499,7 @@ def needs_gpu() -> torch.device:
 
 
 def main() -> int:
-    """Command line; 1 where a stage was wrong."""
+    """Command line; 1 where a stage was wrong, or a layer did not run."""
     parser = argparse.ArgumentParser(prog="benchmarks.bench_stages", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a part of the grid")
     parser.add_argument("--host", action="store_true", help="only what a call costs the host")
@@ -496,7 +510,7 @@ def main() -> int:
         raise SystemExit("--host: needs a GPU, whose work the host does not wait for")
     status = 0 if options.host else run_stages(device, options.quick, options.out, console)
     if device.type == "cuda":
-        run_host(device, options.out, console)
+        status |= run_host(device, options.out, console)
     return status
 
 

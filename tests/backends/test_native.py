@@ -4,6 +4,7 @@ Where there is no GPU, the CUDA kernels run on an emulated device.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -510,6 +511,21 @@ def test_the_other_instruction_sets(capability):
     result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "right\n"
+
+
+@built
+@pytest.mark.skipif(not shutil.which("nm"), reason="needs nm")
+def test_nothing_of_torch_is_asked_for_that_may_be_missing():
+    """A weak symbol is null, without a word, where no library that is linked offers it."""
+    listed = subprocess.run(
+        ["nm", "--dynamic", "--undefined-only", native._C.__file__], capture_output=True, text=True
+    )
+    assert listed.returncode == 0, listed.stderr
+    symbols = [line.split() for line in listed.stdout.splitlines()]
+    assert any(kind == "U" and "_ZN2at" in name for kind, name in symbols)
+    # but what compilers ask for on their own account
+    weak = [name for kind, name in symbols if kind in "wv"]
+    assert [name for name in weak if not name.startswith("_") or name.startswith("_Z")] == []
 
 
 # ---- CUDA

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,11 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
+# the tiles were chosen, and what they cost counted, with the compiler of this one
+CURRENT = pytest.mark.skipif(
+    tuple(map(int, version("triton").split(".")[:2])) < (3, 9),
+    reason="counted with Triton 3.9; an older one compiles otherwise",
+)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 # of an SM: 32-bit registers, and shared memory with what each program's own KiB leaves of it
 REGISTERS, SHARED = 65536, {"sm_90": 233_472, "sm_100": 233_472}
@@ -54,13 +60,18 @@ def test_every_row_compiles_and_fits(compiled):
             r = min(most or best.most_ranks, best.most_ranks)
             assert (stage, KINDS[kind], r, "even") in kernels
     for where, kernel in kernels.items():
-        assert kernel["local"] == 0, f"{where} spills"
         assert kernel["scratch"] == 0, where
         assert kernel["shared"] <= SHARED_LIMIT[architecture], where
         assert kernel["tensor"] <= TENSOR_LIMIT, where
         if architecture.startswith("sm"):
             threads = 32 * kernel["launch"]["num_warps"]
             assert kernel["registers"] * threads <= REGISTERS, where
+
+
+@CURRENT
+def test_nothing_spills(compiled):
+    _, kernels = compiled
+    assert [where for where, kernel in kernels.items() if kernel["local"]] == []
 
 
 def test_products_of_16_bits_are_on_tensor_cores(compiled):
@@ -108,6 +119,7 @@ def test_two_programs_of_a_pass_fit_on_an_sm(compiled):
             assert 2 * (kernel["shared"] + 1024) <= SHARED[architecture], (stage, shape)
 
 
+@CURRENT
 def test_dropout_costs_few_instructions_an_element(compiled):
     architecture, kernels = compiled
     if architecture != "sm_90":

@@ -203,7 +203,18 @@ from benchmarks import bench_stages
 
 bench_stages.HOST_ROUNDS, bench_stages.HOST_STEPS = 2, 2
 console = bench_stages.Console()
-bench_stages.run_host(torch.device("cpu"), bench_stages.Path(sys.argv[1]), console)
+sys.exit(bench_stages.run_host(torch.device("cpu"), bench_stages.Path(sys.argv[1]), console))
+"""
+
+# a layer that cannot be made here
+BROKEN = """
+from benchmarks import bench_stages
+
+def broken(shape, inputs):
+    raise RuntimeError("no such compiler")
+
+made = bench_stages.providers
+bench_stages.providers = lambda: {**made(), "broken": broken}
 """
 
 
@@ -213,6 +224,14 @@ def test_the_hosts_time(tmp_path):
     rows = json.loads((tmp_path / "host.json").read_text())["rows"]
     assert {"frozen linear", "fastlora"} <= {row["provider"] for row in rows}
     assert all(row["both"]["median"] > 0 < row["forward"]["median"] for row in rows)
+
+
+def test_the_hosts_time_without_what_does_not_run(tmp_path):
+    result = python(BROKEN + HOST, tmp_path)
+    assert result.returncode == 1
+    assert "failed: broken: RuntimeError: no such compiler" in result.stdout
+    said = (tmp_path / "host.md").read_text()
+    assert "| frozen linear |" in said and "- broken: RuntimeError" in said
 
 
 TUNE = """
