@@ -54,7 +54,8 @@ def shrink_kernel(
             if tl.program_id(1) == 0:
                 at = mask + rows.to(tl.int64)[:, None] * row_bytes + bytes[None, :]
                 stored = (rows < M)[:, None] & (bytes < row_bytes)[None, :]
-                tl.store(at, kept.to(tl.uint8), stored)
+                # byte by byte, as the threads have them: for wider stores they would draw anew
+                tl.store(tl.multiple_of(at, [1, 1]), kept.to(tl.uint8), stored)
         acc = products.dot(x, a, acc, PRECISION)
     if scale is not None:
         c *= tl.load(scale)

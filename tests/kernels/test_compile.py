@@ -16,11 +16,6 @@ import pytest
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[2]
-# the tiles were chosen, and what they cost counted, with the compiler of this one
-CURRENT = pytest.mark.skipif(
-    tuple(map(int, version("triton").split(".")[:2])) < (3, 9),
-    reason="counted with Triton 3.9; an older one compiles otherwise",
-)
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 # of an SM: 32-bit registers, and shared memory with what each program's own KiB leaves of it
 REGISTERS, SHARED = 65536, {"sm_90": 233_472, "sm_100": 233_472}
@@ -68,7 +63,10 @@ def test_every_row_compiles_and_fits(compiled):
             assert kernel["registers"] * threads <= REGISTERS, where
 
 
-@CURRENT
+@pytest.mark.skipif(
+    tuple(map(int, version("triton").split(".")[:2])) < (3, 9),
+    reason="tiles were chosen with Triton 3.9; with 3.6 one of sm_100 spills",
+)
 def test_nothing_spills(compiled):
     _, kernels = compiled
     assert [where for where, kernel in kernels.items() if kernel["local"]] == []
@@ -119,7 +117,6 @@ def test_two_programs_of_a_pass_fit_on_an_sm(compiled):
             assert 2 * (kernel["shared"] + 1024) <= SHARED[architecture], (stage, shape)
 
 
-@CURRENT
 def test_dropout_costs_few_instructions_an_element(compiled):
     architecture, kernels = compiled
     if architecture != "sm_90":
@@ -129,4 +126,4 @@ def test_dropout_costs_few_instructions_an_element(compiled):
     elements = launch["BLOCK_M"] * launch["BLOCK_K"] / (32 * launch["num_warps"])
     drawn, plain = (kernel["instructions"]["all"] for kernel in found)
     # Philox alone takes 7 rounds of 6 for 8 elements; then a compare, a bit, a select
-    assert (drawn - plain) / elements <= 22
+    assert (drawn - plain) / elements <= 20
