@@ -212,7 +212,7 @@ def test_compile_sees_a_new_scaling(case):
     for scaling in (1.0, 0.5, 2.0, 3.0):
         layer.scaling = scaling
         assert_same(step(compiled, layer, x), step(layer, layer, x))
-    # older ones compile what is given a number anew for each
+    # torch before 2.13 compiles what is given a number anew for each
     assert counter.frame_count <= 2 or torch.__version__ < "2.13"
 
 
