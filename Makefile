@@ -15,6 +15,8 @@ out := $(if $(OUT),--out $(OUT))
 # a long run shows where it is, also in a log
 export PYTHONUNBUFFERED := 1
 
+sources := pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
+
 ifdef VENV
 
 py     := $(VENV)/bin/python
@@ -23,7 +25,7 @@ pip    := $(py) -m pip --disable-pip-version-check
 needs   = $(VENV)/.fastlora-$(1)
 
 # torch comes first and pinned: a range would pull the newest build, with gigabytes of CUDA
-$(VENV)/.fastlora-%: pyproject.toml setup.py $(shell find csrc -type f 2>/dev/null)
+$(VENV)/.fastlora-%: $(sources)
 	test -x $(py) || $(PYTHON) -m venv $(VENV)
 	$(pip) show -q torch 2>/dev/null || $(pip) install -qq "$(TORCH)"
 	$(pip) install -qq "setuptools>=77" ninja
@@ -92,21 +94,26 @@ bench-full: $(call needs,bench-full)
 	$(py) -m benchmarks.bench_layer --full $(out)
 	$(py) -m benchmarks.bench_merge $(out)
 
-# does the extension lack the fused products, though CUTLASS's headers and a GPU for them are there?
-lacks := import sys, torch; from importlib.util import find_spec; from fastlora.backends import native; \
-         sys.exit(native._C.build_info()["cutlass"] or not find_spec("cutlass_library") \
-                  or torch.cuda.get_device_capability() != (9, 0))
-with-cutlass := FASTLORA_BUILD=1 FASTLORA_CUDA=1 FASTLORA_CUTLASS=1
+# all kernels that this GPU can run, in one build; a test finds out which are missing
+kernels := $(or $(VENV),build)/.fastlora-gpu
+$(kernels): $(sources) $(if $(VENV),$(call needs,test) $(call needs,bench))
+	@mkdir -p $(@D)
+	FASTLORA_BUILD=1 FASTLORA_CUDA=1 FASTLORA_CUTLASS=auto \
+	$(py) -m pip install -qq --no-deps --no-build-isolation -e . && touch $@ \
+	|| echo "gpu: goes on with the kernels that there are"
 
-# what fails does not keep the rest from being run, since no wrong result is timed; 5: no test found
-gpu: $(call needs,test) $(call needs,bench)
+# nine minutes at most: each part has its share, and what fails or hangs takes nothing from the
+# others, since no wrong result is timed; 5: no test found
+gpu: JOBS = 8
+gpu: $(kernels)
 	@$(py) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "gpu: torch finds no GPU")'
-	@! $(py) -c '$(lacks)' 2>/dev/null || $(with-cutlass) $(py) -m pip install -qq --no-deps --no-build-isolation -e . \
-	|| echo "gpu: goes on without the fused products"
-	@$(pytest) -q -m gpu --continue-on-collection-errors $(if $(JOBS),-n $(JOBS)) $(ARGS); \
-	tests=$$?; $(py) -m benchmarks.bench_stages $(out); \
-	stages=$$?; $(py) -m benchmarks.bench_layer $(out); \
-	layers=$$?; $(py) -m benchmarks.bench_shared --quick --backend native $(out); \
+	@timeout -k 5 30 $(py) -m fastlora doctor; \
+	timeout --foreground -s INT -k 15 170 $(pytest) -q -m gpu --tb=short --maxfail=50 \
+	  --timeout=100 --timeout-method=thread --continue-on-collection-errors \
+	  $(if $(JOBS),-n $(JOBS)) $(ARGS); \
+	tests=$$?; timeout -k 5 90 $(py) -m benchmarks.bench_stages --minutes 1.3 $(out); \
+	stages=$$?; timeout -k 5 140 $(py) -m benchmarks.bench_layer --minutes 2.1 $(out); \
+	layers=$$?; timeout -k 5 45 $(py) -m benchmarks.bench_shared --minutes 0.6 --quick --backend native $(out); \
 	shared=$$?; echo "exit status: tests $$tests, stages $$stages, layers $$layers, shared $$shared"; \
 	test $$tests = 0 -o $$tests = 5 && test $$stages$$layers$$shared = 000
 

@@ -8,6 +8,7 @@ that are visible, or else all that the kernels were tested for.
 
 FASTLORA_CUTLASS=1 adds the products in one kernel with their low-rank term, for GPUs of compute
 capability 9.0; they need the headers of the package nvidia-cutlass, and are left out by default.
+``auto`` adds them where they can be built.
 """
 
 import os
@@ -193,7 +194,10 @@ def give_up_cuda(reason):
 
 
 def give_up_cutlass(reason):
-    raise SystemExit(f"fastlora: FASTLORA_CUTLASS=1, but the kernels cannot be built: {reason}")
+    if CUTLASS_MODE == "1":
+        raise SystemExit(f"fastlora: FASTLORA_CUTLASS=1, but the kernels cannot be built: {reason}")
+    if CUTLASS_MODE == "auto":
+        print(f"fastlora: building without the kernels on CUTLASS: {reason}")
 
 
 def extension():
@@ -217,14 +221,15 @@ def extension():
                 give_up(error)
 
         def build_extensions(self):
-            if reason := cuda_obstacle():
-                give_up_cuda(reason)
-            else:
+            reason = cuda_obstacle()
+            if not reason:
                 try:
                     add_cuda(module, Path(self.build_temp) / "cuda")
                 except (subprocess.CalledProcessError, ValueError) as error:
-                    give_up_cuda(error)
-            if CUTLASS_MODE == "1":
+                    reason = error
+            if reason:
+                give_up_cuda(reason)
+            elif CUTLASS_MODE != "0" and not cutlass_obstacle():
                 try:
                     add_cutlass(module, Path(self.build_temp) / "cutlass")
                 except subprocess.CalledProcessError as error:
@@ -235,11 +240,9 @@ def extension():
 
 
 for name, mode in MODES.items():
-    usual = () if name == "FASTLORA_CUTLASS" else ("auto",)
-    if mode not in (*usual, "0", "1"):
-        expected = "".join(f"{word}, " for word in usual) + "0 or 1"
-        raise SystemExit(f"fastlora: {name} must be {expected}, got {mode!r}")
-if CUTLASS_MODE == "1" and (reason := cutlass_obstacle()):
+    if mode not in ("auto", "0", "1"):
+        raise SystemExit(f"fastlora: {name} must be auto, 0 or 1, got {mode!r}")
+if CUTLASS_MODE != "0" and (reason := cutlass_obstacle()):
     give_up_cutlass(reason)
 reason = obstacle()
 if reason:

@@ -62,10 +62,10 @@ def make_inputs(
 ) -> Inputs:
     """Random operands of the sizes a trained layer has, so that outputs are of order 1."""
     blocks = blocks or Blocks.single(N)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, std: float = 1.0, of: torch.dtype = dtype) -> Tensor:
-        return (torch.randn(shape, generator=generator) * std).to(device, of)
+        return (torch.randn(shape, generator=generator, device=device) * std).to(of)
 
     of = factor_dtype or dtype
     return Inputs(

@@ -1,6 +1,7 @@
 """What tests of every backend share."""
 
 import os
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -32,6 +33,22 @@ def no_tables_of_the_developer(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def a_device_that_still_works(request):
+    """After a kernel that broke it, no test of this process can pass: xdist starts another one."""
+    yield
+    if not request.node.get_closest_marker("gpu") or not torch.cuda.is_available():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        message = f"{request.node.nodeid} broke the device: {error}"
+        print(message, file=sys.stderr, flush=True)
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit(message, returncode=1)
 
 
 @pytest.fixture

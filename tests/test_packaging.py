@@ -283,10 +283,12 @@ def test_demanded_kernels_on_cutlass_that_cannot_be_built(with_kernels, env, mes
     assert "built in" not in result.stdout
 
 
-def test_kernels_on_cutlass_are_asked_for_or_not(without_sources):
-    result = build(without_sources, "wheel", check=False, FASTLORA_CUTLASS="auto")
+def test_kernels_on_cutlass_where_they_can_be_built(without_sources):
+    result = build(without_sources, "wheel", FASTLORA_CUTLASS="auto")
+    assert "building without the kernels on CUTLASS: FASTLORA_BUILD=0" in result.stdout
+    result = build(without_sources, "wheel", check=False, FASTLORA_CUTLASS="yes")
     assert result.returncode != 0
-    assert "FASTLORA_CUTLASS must be 0 or 1, got 'auto'" in result.stderr
+    assert "FASTLORA_CUTLASS must be auto, 0 or 1, got 'yes'" in result.stderr
 
 
 @needs_compiler
