@@ -106,6 +106,9 @@ def grad_input(dY: Tensor, W: Tensor, dS: Tensor | None, A: Tensor, mask: Tensor
     """
     if dS is None:
         return dY @ W
+    if not dY.shape[1]:
+        # a product of nothing, for which ATen would read and write all of dX
+        return grad_input_start(dY, dS, A, mask)
     if fused("grad_input_fused", dY, W, A):
         return grad_input_fused(dY, W, dS, A, mask)
     return grad_input_start(dY, dS, A, mask).addmm_(dY, W)

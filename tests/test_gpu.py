@@ -43,6 +43,8 @@ DTYPES = {
 SIZES = {
     "square": (2048, 2048, 2048, 16, None),
     "wide, rank 64": (1024, 1024, 4096, 64, None),
+    # of 132 multiprocessors, nearly all in the last wave of the fused products, too
+    "filling": (4096, 1024, 4096, 16, None),
     "qkv": (2048, 1024, 3072, 8, Blocks((1024,) * 3, QV)),
     "gqa": (777, 2048, 3072, 16, Blocks((2048, 512, 512), (True, True, True))),
     "by head": (1024, 512, 1536, 8, Blocks((512,) * 3, QV, 8)),

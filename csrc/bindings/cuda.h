@@ -93,9 +93,10 @@ std::tuple<Tensor, Tensor> shrink(const Tensor& X, const Tensor& A, double c,
                                   const optional<Tensor>& scale, int64_t t,
                                   const optional<Tensor>& seed);
 
-Tensor expand(const Tensor& X, const Tensor& W, const optional<Tensor>& bias, const Tensor& S,
-              const Tensor& B, at::IntArrayRef splits, const c10::List<bool>& enabled,
-              int64_t interleave);
+using Expand = Tensor(const Tensor& X, const Tensor& W, const optional<Tensor>& bias,
+                      const Tensor& S, const Tensor& B, at::IntArrayRef splits,
+                      const c10::List<bool>& enabled, int64_t interleave);
+Expand expand;
 
 std::tuple<Tensor, Tensor> grad_expand(const Tensor& dY, const optional<Tensor>& S, const Tensor& B,
                                        double c, const optional<Tensor>& scale,
@@ -118,5 +119,22 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dY, const optional<Ten
                                             const optional<Tensor>& scale, at::IntArrayRef splits,
                                             const c10::List<bool>& enabled, int64_t interleave,
                                             bool need_dX, bool need_dA, bool need_dB);
+
+// The operator multi_forward, whose outputs are those of `expand`.
+struct MultiForward {
+  Expand* expand;
+
+  std::tuple<Tensors, Tensors, Tensors> operator()(const Tensor& X, at::TensorList W,
+                                                   const OptionalTensors& bias, at::TensorList A,
+                                                   at::TensorList B, at::ArrayRef<double> c,
+                                                   const OptionalTensors& scale, at::IntArrayRef t,
+                                                   const OptionalTensors& seed) const;
+};
+
+std::tuple<Tensor, Tensors, Tensors> multi_backward(
+    at::TensorList dY, const optional<Tensor>& X, const OptionalTensors& W,
+    const OptionalTensors& A, at::TensorList B, const OptionalTensors& S,
+    const OptionalTensors& mask, at::ArrayRef<double> c, const OptionalTensors& scale, bool need_dX,
+    const c10::List<bool>& need_dA, const c10::List<bool>& need_dB);
 
 }  // namespace fastlora::stages

@@ -15,6 +15,8 @@ namespace {
 
 // dX += dY W
 Tensor add_product(Tensor dX, const Tensor& dY, const Tensor& W) {
+  // of nothing, for which ATen would read and write all of dX
+  if (!dY.size(1)) return dX;
 #if defined(FASTLORA_EMULATED)
   if (is_thin(dX)) return dX.add_(dY.mm(W));
 #endif
@@ -255,11 +257,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dY, const optional<Ten
 
 // ---- one direction of layers that share X -------------------------------------------------------
 
-std::tuple<Tensors, Tensors, Tensors> multi_forward(const Tensor& X, at::TensorList W,
-                                                    const OptionalTensors& bias, at::TensorList A,
-                                                    at::TensorList B, at::ArrayRef<double> c,
-                                                    const OptionalTensors& scale, at::IntArrayRef t,
-                                                    const OptionalTensors& seed) {
+std::tuple<Tensors, Tensors, Tensors> MultiForward::operator()(
+    const Tensor& X, at::TensorList W, const OptionalTensors& bias, at::TensorList A,
+    at::TensorList B, at::ArrayRef<double> c, const OptionalTensors& scale, at::IntArrayRef t,
+    const OptionalTensors& seed) const {
   at::AutoDispatchBelowADInplaceOrView guard;
   const size_t count = W.size();
   check_counts(count, bias, A, B, c, scale, t, seed);
@@ -336,7 +337,7 @@ std::tuple<Tensor, Tensors, Tensors> multi_backward(
 TORCH_LIBRARY_IMPL(FASTLORA_NAMESPACE, FASTLORA_KEY, m) {
   m.impl("forward", forward);
   m.impl("backward", backward);
-  m.impl("multi_forward", multi_forward);
+  m.impl("multi_forward", MultiForward{expand});
   m.impl("multi_backward", multi_backward);
   m.impl("shrink", shrink);
   m.impl("expand", expand);

@@ -1,6 +1,8 @@
 // The stages with the fused products: the base product and the low-rank term in one kernel.
 //
-// What csrc/cutlass does not take runs as in cuda_stages.cpp, and so does every other stage.
+// What csrc/cutlass does not take runs as in cuda_stages.cpp, and so does every other stage. The
+// single stages `expand` and `grad_input` are fused wherever that is possible, the passes of layers
+// only where the product's tiles fill the device: cuBLAS has other tiles for other sizes.
 
 #include <torch/library.h>
 
@@ -27,6 +29,11 @@ bool takes(const Tensor& left, const Tensor& W, const Tensor& factor,
                         mask && mask->scalar_type() == at::kByte ? data_of(mask) : nullptr);
 }
 
+// Whether a product of so many columns is worth it, too; `left` has two dimensions.
+bool fills(const Tensor& left, int64_t columns) {
+  return cuda::hopper::fills(left.size(0), columns, left.device().index());
+}
+
 Tensor expand(const Tensor& X, const Tensor& W, const optional<Tensor>& bias, const Tensor& S,
               const Tensor& B, at::IntArrayRef splits, const c10::List<bool>& enabled,
               int64_t interleave) {
@@ -49,6 +56,14 @@ Tensor expand(const Tensor& X, const Tensor& W, const optional<Tensor>& bias, co
                                   matrix(Y), workspace, stream);
          });
   return Y;
+}
+
+// As the passes have it.
+Tensor expand_filling(const Tensor& X, const Tensor& W, const optional<Tensor>& bias,
+                      const Tensor& S, const Tensor& B, at::IntArrayRef splits,
+                      const c10::List<bool>& enabled, int64_t interleave) {
+  stages::Expand& chosen = takes(X, W, B) && fills(X, W.size(0)) ? expand : stages::expand;
+  return chosen(X, W, bias, S, B, splits, enabled, interleave);
 }
 
 Tensor grad_input(const Tensor& dY, const Tensor& W, const optional<Tensor>& dS, const Tensor& A,
@@ -77,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& X, const Tensor& W,
                                            int64_t interleave) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const auto [S, mask] = stages::shrink(X, A, c, scale, t, seed);
-  return {expand(X, W, bias, S, B, splits, enabled, interleave), S, mask};
+  return {expand_filling(X, W, bias, S, B, splits, enabled, interleave), S, mask};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dY, const optional<Tensor>& X,
@@ -88,7 +103,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dY, const optional<Ten
                                             const c10::List<bool>& enabled, int64_t interleave,
                                             bool need_dX, bool need_dA, bool need_dB) {
   at::AutoDispatchBelowADInplaceOrView guard;
-  if (!need_dX || !W || !A || (need_dA && !X) || !takes(dY, *W, *A, mask))
+  if (!need_dX || !W || !A || (need_dA && !X) || !takes(dY, *W, *A, mask) || !fills(dY, W->size(1)))
     return stages::backward(dY, X, W, A, B, S, mask, c, scale, splits, enabled, interleave, need_dX,
                             need_dA, need_dB);
   const auto [dS, dB] =
@@ -106,6 +121,8 @@ TORCH_LIBRARY_IMPL(fastlora_cutlass, CUDA, m) {
 #endif
   m.impl("forward", forward);
   m.impl("backward", backward);
+  m.impl("multi_forward", stages::MultiForward{expand_filling});
+  m.impl("multi_backward", stages::multi_backward);
   m.impl("shrink", stages::shrink);
   m.impl("expand", expand);
   m.impl("grad_expand", stages::grad_expand);

@@ -93,13 +93,14 @@ struct Product {
 
   // ---- the warpgroups that multiply
 
-  // sum = or += the next `count` tiles of the operands; all is done on return.
+  // sum = or += the next `count` tiles of the operands, one at least; all is done on return.
   template <class Left, class Right, class Sum>
   static __device__ void multiply(Mma mma, const Left& left, const Right& right, Sum& sum,
                                   Pipeline& pipeline, State& state, int count) {
     State before = state;
+    int i = 0;
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) {
+    do {
       pipeline.consumer_wait(state, pipeline.consumer_try_wait(state));
       cute::warpgroup_fence_operand(sum);
       cute::warpgroup_arrive();
@@ -116,20 +117,22 @@ struct Product {
       if (i) pipeline.consumer_release(before);
       before = state;
       ++state;
-    }
+    } while (++i < count);
     cute::warpgroup_wait<0>();
     cute::warpgroup_fence_operand(sum);
     pipeline.consumer_release(before);
   }
 
   // Rounded and written as vectors of 16 bytes, of which each thread gets one of a quad's four.
-  template <class Places, class Sum>
-  static __device__ void store(const Params& p, const Places& places, const Sum& sum, int64_t row,
-                               int64_t col) {
+  // `Whole`: all of the tile is in `out`.
+  template <bool Whole, class Sum>
+  static __device__ void store(const Params& p, const Sum& sum, int64_t row, int64_t col) {
     const int q = threadIdx.x % 4;
+    const int width = int(p.N - col < kCols ? p.N - col : kCols);
+    T* line = p.out + row * p.out_stride + col + vector_column(0, q);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int64_t m = row + cute::get<0>(places(0, i, 0));
+    for (int i = 0; i < 2; ++i, line += kRowStep * p.out_stride) {
+      const bool inside = row + i * kRowStep < p.M;
 #pragma unroll
       for (int group = 0; group < kCols / 8; group += 4) {
         uint32_t words[4];
@@ -138,9 +141,8 @@ struct Product {
           words[j] = pack<T>(sum(cute::make_coord(0, i, group + j), 0, 0),
                              sum(cute::make_coord(1, i, group + j), 0, 0));
         transpose_in_quad(words);
-        const uint4 vector = {words[0], words[1], words[2], words[3]};
-        const int64_t n = col + vector_column(group, q);
-        if (m < p.M && n < p.N) *reinterpret_cast<uint4*>(p.out + m * p.out_stride + n) = vector;
+        if (Whole || (inside && vector_column(group, q) < width))
+          *reinterpret_cast<uint4*>(line + 8 * group) = {words[0], words[1], words[2], words[3]};
       }
     }
   }
@@ -165,17 +167,21 @@ struct Product {
                     col = int64_t(place.col) * kCols;
       auto sum = cute::partition_fragment_C(mma, cute::take<0, 2>(Tile{}));
       mma.accumulate_ = cute::GMMA::ScaleOut::Zero;
-      if constexpr (Input) {
+      int rest = low_rank + base;
+      if (Input && p.mask) {
         // on their way while the low-rank term is multiplied
         const Kept kept(p.mask, places, row, col, p.M, p.N);
         multiply(mma, left, right, sum, pipeline, state, low_rank);
-        if (p.mask) kept.apply(places, sum);
+        kept.apply(places, sum);
         mma.accumulate_ = cute::GMMA::ScaleOut::One;
-        multiply(mma, left, right, sum, pipeline, state, base);
-      } else {
-        multiply(mma, left, right, sum, pipeline, state, base + low_rank);
+        rest = base;
       }
-      store(p, places, sum, row, col);
+      multiply(mma, left, right, sum, pipeline, state, rest);
+      const int64_t first = row + cute::get<0>(places(0, 0, 0));
+      if (row + kRows <= p.M && col + kCols <= p.N)
+        store<true>(p, sum, first, col);
+      else
+        store<false>(p, sum, first, col);
     }
   }
 

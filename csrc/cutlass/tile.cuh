@@ -6,14 +6,13 @@
 #include <cute/atom/mma_atom.hpp>
 #include <cute/tensor.hpp>
 
+#include "fastlora/fused.h"
 #include "fastlora/numbers.cuh"
 
 namespace fastlora::cuda::hopper {
 
-constexpr int kRows = 128, kCols = 256, kDepth = 64;
+constexpr int kDepth = 64;
 using Tile = cute::Shape<cute::Int<kRows>, cute::Int<kCols>, cute::Int<kDepth>>;
-// blocks that take tiles under each other, and share what they read of the right operand
-constexpr int kPair = 2;
 // of two warpgroups that multiply, each of which has half of the rows
 constexpr int kMultipliers = 256;
 
@@ -61,10 +60,13 @@ __host__ __device__ auto places_of(int thread) {
   return places(cute::make_coord(cute::_, cute::_, cute::_), 0, 0);
 }
 
+// From the first to the second of a thread's rows.
+constexpr int kRowStep = 8;
+
 // The first column of what transpose_in_quad gives thread q of the words of four groups.
 __host__ __device__ constexpr int vector_column(int group, int q) { return 8 * (group + q); }
 
-// Of the mask, the bits for a thread's two rows; where there is no mask, no use is made of them.
+// Of the mask, the bits for a thread's two rows.
 struct Kept {
   static constexpr int kWords = kCols / 32;
   uint32_t words[2][kWords];
@@ -73,27 +75,35 @@ struct Kept {
   template <class Places>
   __host__ __device__ Kept(const uint32_t* mask, const Places& places, int64_t row, int64_t col,
                            int64_t M, int64_t N) {
-    const int64_t row_words = blocks_of(N, 32), first = col / 32;
+    const int64_t row_words = blocks_of(N, 32), left = row_words - col / 32;
+    const int count = int(left < kWords ? left : kWords);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int64_t m = row + cute::get<0>(places(0, i, 0));
+      // of rows beyond, nothing is stored: any bits will do
+      const uint32_t* line = mask + (m < M ? m : M - 1) * row_words + col / 32;
 #pragma unroll
-      for (int j = 0; j < kWords; ++j)
-        words[i][j] = mask && m < M && first + j < row_words ? mask[m * row_words + first + j] : 0;
+      for (int j = 0; j < kWords; ++j) words[i][j] = j < count ? line[j] : 0;
     }
   }
 
-  // Zeroes what is dropped, whatever it is.
+  // Zeroes what is dropped, whatever it is. From a thread's first column on, its bits are in the
+  // same places for all threads: constants, of which one instruction makes seven predicates.
   template <class Places, class Sum>
   __host__ __device__ void apply(const Places& places, Sum& sum) const {
+    const int first = cute::get<1>(places(0, 0, 0));
 #pragma unroll
-    for (int group = 0; group < kCols / 8; ++group)
+    for (int i = 0; i < 2; ++i)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const uint32_t bits = words[i][group / 4] >> cute::get<1>(places(0, i, group)) % 32;
+      for (int word = 0; word < kWords; ++word) {
+        const uint32_t bits = words[i][word] >> first;
 #pragma unroll
-        for (int j = 0; j < 2; ++j)
-          if (!(bits >> j & 1)) sum(cute::make_coord(j, i, group), 0, 0) = 0;
+        for (int group = 0; group < 4; ++group)
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            float& x = sum(cute::make_coord(j, i, 4 * word + group), 0, 0);
+            x = bits & 1u << (8 * group + j) ? x : 0.f;
+          }
       }
   }
 };

@@ -2,25 +2,21 @@
 
 That kernel stands on CUTLASS's collectives for compute capability 9.0. It takes rows of bfloat16 or
 float16, in whole vectors, and for the output a layer of one block; for all else a stage is that of
-``native``.
+``native``. Its tiles are of one shape, so that some sizes leave much of a GPU idle, where those of
+cuBLAS would not: the passes take it where nine tenths are at work (``fills`` in
+``csrc/include/fastlora/fused.h``), the stages ``expand`` and ``grad_input`` wherever they can.
 """
-
-from functools import partial
-from typing import TYPE_CHECKING, cast
 
 import torch
 
-from fastlora.backends import multi, native
+from fastlora.backends import native
 from fastlora.backends.operators import FLOATS, Operators, define
-
-if TYPE_CHECKING:
-    from fastlora.backends import Backend
 
 name = "cutlass"
 dtypes = {"cuda": FLOATS}
 CAPABILITY = (9, 0)
 STAGES = (
-    *("forward", "backward"),
+    *("forward", "backward", "multi_forward", "multi_backward"),
     *("shrink", "expand", "grad_expand", "grad_shrink", "grad_input", "delta"),
 )
 
@@ -50,7 +46,7 @@ def description() -> str:
     """What is fused, and what is not."""
     return (
         "CUDA for 9.0a: base products fused for 16-bit rows of whole vectors, an output of one "
-        "block; else as native"
+        "block, sizes that fill the GPU; else as native"
     )
 
 
@@ -58,11 +54,11 @@ _library = define("fastlora_cutlass", STAGES)
 _operators = Operators("fastlora_cutlass")
 forward = _operators.forward
 backward = _operators.backward
+multi_forward = _operators.multi_forward
+multi_backward = _operators.multi_backward
 shrink = _operators.shrink
 expand = _operators.expand
 grad_expand = _operators.grad_expand
 grad_shrink = _operators.grad_shrink
 grad_input = _operators.grad_input
 delta = _operators.delta
-multi_forward = partial(multi.forward, cast("Backend", _operators))
-multi_backward = partial(multi.backward, cast("Backend", _operators))

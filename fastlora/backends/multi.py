@@ -94,6 +94,9 @@ def backward(
 
 def add_product(dX: Tensor, dY: Tensor, W: Tensor) -> Tensor:
     """``dX += dY W``."""
+    if not dY.shape[1]:
+        # of nothing, for which ATen would read and write all of dX
+        return dX
     thin = dX.shape[0] < 4 or dX.shape[1] < 16
     if thin and dX.dtype.itemsize > 2 and not torch.compiler.is_compiling():
         # MKL's path for so few is up to 1.4 times less accurate (rms) when it adds in place

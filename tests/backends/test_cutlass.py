@@ -3,7 +3,6 @@
 On the emulated device, where plain loops stand in for the products themselves.
 """
 
-from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 from fastlora import backends, testing
-from fastlora.backends import cutlass, multi, native
+from fastlora.backends import cutlass, native
 from fastlora.backends.operators import Operators
 from fastlora.blocks import Blocks
 
@@ -23,6 +22,8 @@ from .test_native import (
     WRONG_TENSORS,
     assert_exact,
     built,
+    each_pass_of_layers,
+    of_layers,
     operands,
     run,
     signs,
@@ -38,8 +39,6 @@ def fused(emulated, monkeypatch):
     operators = Operators("fastlora_emulated_cutlass")
     backend = SimpleNamespace(
         **{stage: getattr(operators, stage) for stage in cutlass.STAGES},
-        multi_forward=partial(multi.forward, operators),
-        multi_backward=partial(multi.backward, operators),
         name="fused",
         dtypes=emulated.dtypes,
         why_not=lambda: None,
@@ -72,14 +71,16 @@ def test_every_stage(layer, dtypes, M, t, fused):
     assert_exact(fused, operands(M, K, r, dtypes, blocks, signs(), bias=t > 0, t=t))
 
 
+def large():
+    """Draws integers whose sums are exact, and too large for 16 bits."""
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.randint(-99, 100, shape, generator=generator)
+
+
 @pytest.mark.parametrize("dtypes", ["bf16", "fp16", "bf16 under fp32"])
 def test_a_fused_product_is_rounded_once(dtypes, fused, emulated):
     """Which tells it from one that is added to what was rounded: so it is known to be taken."""
-
-    def draw(*shape):
-        return torch.randint(-99, 100, shape, generator=generator)
-
-    generator = torch.Generator().manual_seed(0)
+    draw = large()
     i = operands(64, 16, 4, dtypes, Blocks.single(24), draw, t=6554)
     wide = i.map(lambda name, t: t.double())
     exact = run(backends.reference, wide)
@@ -91,6 +92,39 @@ def test_a_fused_product_is_rounded_once(dtypes, fused, emulated):
     for changed in (THIRDS, Blocks.single(20)):
         other = operands(64, 16, 4, dtypes, changed, draw)
         assert torch.equal(run(fused, other)["Y"], run(emulated, other)["Y"])
+
+
+# M, N, K, which of Y and dX are fused on a device of one pair of multiprocessors: (M, N) and (M, K)
+FILLING = [
+    (256, 256, 16, {"Y"}),
+    (240, 256, 16, {"Y"}),
+    (224, 256, 16, set()),
+    (256, 16, 256, {"dX"}),
+    (256, 16, 224, set()),
+    (256, 264, 256, {"dX"}),
+]
+
+
+@pytest.mark.parametrize(("M", "N", "K", "expected"), FILLING)
+def test_passes_fuse_what_fills_the_device(M, N, K, expected, fused, emulated, monkeypatch):
+    monkeypatch.setattr(emulated.multiprocessors, "value", 2)
+    i = operands(M, K, 4, "bf16", Blocks.single(N), large())
+    layer = (i.X, i.W, i.bias, i.A, i.B, i.c, i.t, None)
+
+    def passes(backend):
+        Y, S, _ = backend.forward(*layer, i.blocks)
+        dX, _, _ = backend.backward(
+            i.dY, i.X, i.W, i.A, i.B, S, None, i.c, i.blocks, True, True, True
+        )
+        (shared,), _, _ = backend.multi_forward(i.X, *([value] for value in layer[1:]))
+        return {"Y": Y, "dX": dX, "shared Y": shared}
+
+    apart, got = passes(emulated), passes(fused)
+    differ = {name for name, t in got.items() if not torch.equal(t, apart[name])}
+    assert differ == expected | ({"shared Y"} if "Y" in expected else set())
+    # and single stages whatever they can
+    for name, t in run(fused, i).items():
+        assert torch.equal(t, run(emulated, i)[name]) == (name not in ("Y", "dX")), name
 
 
 @pytest.mark.parametrize("blocks", [None, Blocks((16, 8, 16), (True, False, True))])
@@ -185,6 +219,14 @@ def test_operators_refuse_what_does_not_fit(name, fused):
     # more rows of X make as many of Y, and grad_input without dS is the base product
     right = {"forward": [("X", "taller")]}
     assert accepted == right.get(name, [])
+
+
+@each_pass_of_layers
+def test_operators_of_layers(name, fused):
+    """Of a layer, and of one without factors."""
+    _, given = of_layers(name, fused, "bf16")
+    operator = getattr(torch.ops.fastlora_emulated_cutlass, name).default
+    torch.library.opcheck(operator, tuple(given.values()))
 
 
 # ---- usable or not

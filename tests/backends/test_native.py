@@ -660,6 +660,18 @@ def test_operators_refuse_what_does_not_fit(name, stages):
     assert not accepted, accepted
 
 
+@pytest.mark.parametrize("name", ["reference", "triton", "emulated"])
+def test_nothing_is_added_for_an_output_of_no_features(name, usable):
+    """ATen would read and write all of dX on a GPU, to add a product of nothing to it."""
+    i = operands(5, 16, 3, "bf16", Blocks.single(24), signs(), t=6554)
+    backend, mask = backends.select(usable(name)), i.mask
+    with torch.profiler.profile() as profile:
+        dX = backend.grad_input(i.dY[:, :0], i.W[:0], i.dS, i.A, mask)
+    assert torch.equal(dX, dropout.keep(i.dS @ i.A.float(), mask).bfloat16())
+    seen = {event.key for event in profile.key_averages()}
+    assert seen and not seen & {"aten::addmm_", "aten::add_", "aten::mul"}
+
+
 # ---- the operators of layers that share X
 
 

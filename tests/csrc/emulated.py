@@ -1,5 +1,6 @@
 """The operators for CUDA tensors on an emulated device, as a backend of CPU tensors."""
 
+import ctypes
 import os
 import pickle
 import platform
@@ -118,7 +119,8 @@ def load(folder):
             libraries += ["-ltorch", "-ltorch_cpu", "-lc10"]
             linked = run(*CXX.split(), "-shared", *objects, *libraries, "-o", library)
             assert linked.returncode == 0, linked.stderr
-    global _libraries
+    global _libraries, multiprocessors
     _libraries = [define("fastlora_emulated"), define("fastlora_emulated_cutlass", cutlass.STAGES)]
     torch.ops.load_library(library)
+    multiprocessors = ctypes.c_int.in_dll(ctypes.CDLL(library), "fastlora_multiprocessors")
     return sys.modules[__name__]

@@ -1,7 +1,10 @@
 """The kernels on CUTLASS without a GPU: compiled for one, and what of them runs on the host."""
 
+import re
 import resource
+from collections import Counter
 from importlib.util import find_spec
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from .test_cuda import REGISTERS, SANITIZERS, compile_source
 SOURCES = sorted(ROOT.glob("csrc/cutlass/*.cu"))
 # of a block: warps that copy, and warps that multiply
 THREADS = 384
+BRANCH = re.compile("BRA|BRX|BSSY|BSYNC|CALL|RET|EXIT|WARPSYNC")
 # of a core, for both products in both dtypes
 SECONDS = 120
 
@@ -44,6 +48,15 @@ def assert_lean(kernels):
         assert operands and counts["UTMALDG"] > len(operands)
         # registers go from warps that copy to those that multiply
         assert counts["USETMAXREG"] == 2
+        # a whole tile is written, 16 vectors a thread, without a branch
+        runs = [
+            Counter(name for _, name, _ in run)
+            for is_branch, run in groupby(kernel.code, lambda step: bool(BRANCH.match(step[1])))
+            if not is_branch
+        ]
+        assert any(run["STG.E.128"] == 16 for run in runs)
+        # what a mask keeps is selected by predicates, of which an instruction makes several
+        assert counts["FSEL"] <= 3 * counts["R2P"]
 
 
 def test_both_products_from_one_source(headers, tmp_path, request):

@@ -40,6 +40,23 @@ void test_tiles() {
     }
 }
 
+// Of what the device could do in the time of the fullest multiprocessor, the part that is of use.
+void test_filled() {
+  for (const int64_t M : {1, 255, 256, 2304, 5000, 8192})
+    for (const int64_t N : {8, 256, 1000, 4096, 14336})
+      for (const int multiprocessors : {2, 78, 114, 132}) {
+        const int pairs = Tiles(M, N).count();
+        int waves = 0;
+        for (int taken = 0; taken < pairs; ++waves) taken += multiprocessors / kPair;
+        const double possible = double(waves) * multiprocessors * kRows * kCols;
+        CHECK(std::fabs(filled(M, N, multiprocessors) * possible / (double(M) * N) - 1) < 1e-12);
+      }
+  // all, none left over; and on a device of 132, as many tiles as make it wait and as do not
+  CHECK(filled(256, 256, 2) == 1 && filled(2304, 4096, 8) == 1);
+  CHECK(filled(2304, 4096, 132) < 0.73 && filled(8192, 4096, 132) > 0.96);
+  CHECK(!(filled(0, 4096, 132) >= kFilled) && !(filled(4096, 0, 132) >= kFilled));
+}
+
 // Of all threads together, each element of the tile once; a quad's vectors are what they are said
 // to be.
 template <class Mma>
@@ -58,7 +75,7 @@ void test_places() {
                     col = cute::get<1>(places(j, i, group));
           CHECK(0 <= row && row < kRows && 0 <= col && col < kCols);
           ++seen[row * kCols + col];
-          CHECK(row == cute::get<0>(places(0, i, 0)));
+          CHECK(row == cute::get<0>(places(0, 0, 0)) + i * kRowStep);
         }
     // after transposing, word k of thread q is word q of thread k, of pairs of columns
     for (int k = 0; k < 4; ++k) {
@@ -114,6 +131,7 @@ void test_elements() {
 
 int main() {
   test_tiles();
+  test_filled();
   test_elements<cutlass::bfloat16_t, cute::GMMA::Major::MN>();
   test_elements<cutlass::bfloat16_t, cute::GMMA::Major::K>();
 }

@@ -30,6 +30,25 @@ cudaError_t grad_input(const Matrix& dY, const Matrix& W, const float* dS, const
 // none is empty.
 namespace fastlora::cuda::hopper {
 
+// The tile of a block, and how many blocks have tiles under each other, which share what they read
+// of W; a multiprocessor has one block at a time.
+constexpr int kRows = 128, kCols = 256, kPair = 2;
+
+// Of what so many multiprocessors can do in the waves that a product (M, N) takes, the part that
+// it asks for.
+inline double filled(int64_t M, int64_t N, int multiprocessors) {
+  const int64_t rows = (M + kPair * kRows - 1) / (kPair * kRows), cols = (N + kCols - 1) / kCols,
+                at_once = multiprocessors / kPair, waves = (rows * cols + at_once - 1) / at_once;
+  return double(M) * double(N) / (double(waves) * multiprocessors * kRows * kCols);
+}
+
+// What `filled` has to be: the fused products save a few percent of a product's time, and cuBLAS,
+// which has more shapes of tiles, mostly fills a device to 0.97.
+constexpr double kFilled = 0.9;
+
+// Whether a product (M, N) fills the device of this index as much.
+bool fills(int64_t M, int64_t N, int device);
+
 // Y = X Wᵀ + S Bᵀ
 cudaError_t expand(const Matrix& X, const Matrix& W, const Matrix& S, const Matrix& B,
                    const Matrix& Y, cudaStream_t stream);
