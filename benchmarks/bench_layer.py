@@ -1,6 +1,6 @@
 """One adapted layer, forward and backward: time, saved activations, peak memory.
 
-Run with ``python -m benchmarks.bench_layer [--quick] [--out DIR]``.
+Run with ``python -m benchmarks.bench_layer [--quick] [--minutes N] [--out DIR]``.
 """
 
 import argparse
@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from benchmarks import harness, memory, report
+from benchmarks import harness, memory, report, survey
 from benchmarks.gate import check_case
 from benchmarks.harness import Spread
-from benchmarks.providers import BASELINE, Case, Inputs, Skipped, providers
+from benchmarks.providers import BASELINE, Case, Inputs, Setup, Skipped, providers
 from benchmarks.shapes import Shape, grid
+from benchmarks.survey import Clock, Found
 from benchmarks.terminal import Console
 
 
@@ -35,6 +36,7 @@ class Row:
     saved: int
     peak: int
     samples: list[float]
+    host_bound: bool
 
     def as_json(self) -> dict[str, Any]:
         """Plain values only."""
@@ -56,52 +58,59 @@ def measure(shape: Shape, cases: dict[str, Case], device: torch.device) -> list[
             memory.saved_bytes(case.forward, case.resident()),
             memory.peak_bytes(case.step, device),
             [round(value, 7) for value in samples[name]],
+            name in samples.host_bound,
         )
         for name, case in cases.items()
     ]
 
 
-@dataclass(frozen=True)
-class Report:
-    """All measurements, and what was not measured: by name, with the reason.
-
-    Attributes:
-        rows: What was measured.
-        skipped: Cannot run here.
-        failed: Ran, and was wrong or broke down; never timed.
-    """
-
-    rows: list[Row]
-    skipped: dict[str, str]
-    failed: dict[str, str]
+def where(shape: Shape) -> str:
+    """What a shape is called in the report."""
+    return f"{shape.label}, r={shape.r}, p={shape.p:g}"
 
 
-def run(shapes: Sequence[Shape], device: torch.device, compiled: bool, console: Console) -> Report:
-    """Measure all shapes."""
-    found = Report([], {}, {})
+def run(
+    shapes: Sequence[Shape],
+    device: torch.device,
+    compiled: bool,
+    console: Console,
+    clock: Clock,
+    found: Found,
+    save: Callable[[], None],
+) -> None:
+    """Measure all shapes, as far as the time goes."""
     table = providers(compiled)
-    with console.progress() as progress:
-        task = progress.add_task("layers", total=len(shapes))
-        for shape in shapes:
-            progress.update(task, status=f"{shape.label} r={shape.r} p={shape.p}")
-            inputs = Inputs.make(shape, device)
-            cases = {}
-            for name, setup in table.items():
-                kind = "MergedLinear" if shape.enable_lora else "Linear"
-                try:
-                    case = setup(shape, inputs)
-                    check_case(shape, case)
-                    cases[name] = case
-                except Skipped as reason:
-                    found.skipped[f"{name} ({kind})"] = str(reason)
-                except Exception as error:
-                    # what is wrong is not timed; all else still is
-                    where = f"{name}, {shape.label}, r={shape.r}, p={shape.p:g}"
-                    first = str(error).strip().partition("\n")[0]
-                    found.failed[where] = f"{type(error).__name__}: {first}"
+
+    def at(shape: Shape) -> None:
+        cases = right_cases(shape, table, device, found)
+        if BASELINE in cases:
             found.rows.extend(measure(shape, cases, device))
-            progress.update(task, advance=1)
-    return found
+
+    named = {where(shape): shape for shape in shapes}
+    survey.visit("layers", named, at, save, found, device, clock, console)
+
+
+def right_cases(
+    shape: Shape, table: dict[str, Setup], device: torch.device, found: Found
+) -> dict[str, Case]:
+    """The providers that run this shape and are right; what is wrong is not timed."""
+    inputs = Inputs.make(shape, device)
+    cases = {}
+    for name, setup in table.items():
+        try:
+            case = setup(shape, inputs)
+            check_case(shape, case)
+            # what breaks down after all is left out alone
+            case.step()
+            harness.synchronize(device)
+            cases[name] = case
+        except Skipped as reason:
+            kind = "MergedLinear" if shape.enable_lora else "Linear"
+            found.skipped[f"{name} ({kind})"] = str(reason)
+        except Exception as error:
+            found.failed[f"{name}, {where(shape)}"] = harness.first_line(error)
+            harness.check_device(device)
+    return cases
 
 
 def run_once(shape: Shape, compiled: bool) -> None:
@@ -145,10 +154,12 @@ def summary_table(rows: Sequence[Row]) -> report.Table:
                 own = [row for row in mine if row.provider == name]
                 frozen = _geomean([row.vs_frozen for row in own])
                 loralib = _geomean([row.vs_loralib for row in own if row.vs_loralib])
-                out.append([name, group, f"{p:g}", report.ratio(frozen), report.ratio(loralib)])
+                of_frozen = report.starred(report.ratio(frozen), any(r.host_bound for r in own))
+                out.append([name, group, f"{p:g}", of_frozen, report.ratio(loralib)])
             out.append([])
     header = ("provider", "layer", "p", "× frozen", "× loralib")
-    return report.Table("Forward + backward time, geometric means over the grid", header, out)
+    title = "Forward + backward time, geometric means over the grid"
+    return report.Table(title, header, out, report.host_note(rows))
 
 
 def overview_table(rows: Sequence[Row]) -> report.Table:
@@ -156,11 +167,15 @@ def overview_table(rows: Sequence[Row]) -> report.Table:
     names = [name for name in dict.fromkeys(row.provider for row in rows) if name != BASELINE]
     out: list[list[str]] = []
     for shape, group in groupby(rows, key=lambda row: row.shape):
-        medians = {row.provider: f"{row.vs_frozen.median:.2f}" for row in group}
+        medians = {
+            row.provider: report.starred(f"{row.vs_frozen.median:.2f}", row.host_bound)
+            for row in group
+        }
         cells = [medians.get(name, "–") for name in names]
         out.append([shape.label, str(shape.r), f"{shape.p:g}", *cells])
     header = ("layer M×K→N", "r", "p", *names)
-    return report.Table("Forward + backward, × frozen linear", header, out)
+    title = "Forward + backward, × frozen linear"
+    return report.Table(title, header, out, report.host_note(rows))
 
 
 def detail_table(rows: Sequence[Row]) -> report.Table:
@@ -174,7 +189,7 @@ def detail_table(rows: Sequence[Row]) -> report.Table:
                     shape.label,
                     str(shape.r),
                     f"{shape.p:g}",
-                    f"{row.seconds.median * 1e3:.2f}",
+                    report.starred(f"{row.seconds.median * 1e3:.2f}", row.host_bound),
                     report.ratio(row.vs_frozen),
                     report.ratio(row.vs_loralib),
                     report.mib(row.saved),
@@ -193,7 +208,41 @@ def detail_table(rows: Sequence[Row]) -> report.Table:
         "saved MiB",
         "peak MiB",
     )
-    return report.Table("Forward + backward of one layer", header, out)
+    title = "Forward + backward of one layer"
+    return report.Table(title, header, out, report.host_note(rows))
+
+
+def tables(rows: Sequence[Row]) -> list[report.Table]:
+    """All of the report."""
+    return [summary_table(rows), detail_table(rows), overview_table(rows)]
+
+
+def write(folder: Path, head: dict[str, Any], found: Found, picture: str = "") -> None:
+    """``layer.json`` and ``layer.md``, with what was found until now."""
+    record = head | {
+        "rows": [row.as_json() for row in found.rows],
+        "skipped": found.skipped,
+        "failed": found.failed,
+    }
+    parts = ["# Layers\n", report.environment_markdown(head["environment"]), picture]
+    parts += [*(table.markdown() for table in tables(found.rows)), found.markdown()]
+    report.write(folder, "layer", record, "\n".join(part for part in parts if part))
+
+
+def picture_of(found: Found, folder: Path) -> str:
+    """Draw the figure; its place in the report, or nothing where there is none."""
+    figure = folder / "layer.png"
+    try:
+        from benchmarks.layer_figure import draw
+
+        draw(found.rows, figure)
+    except ImportError:
+        found.skipped["figure"] = "matplotlib is not installed"
+    except Exception as error:
+        found.failed["figure"] = harness.first_line(error)
+    else:
+        return f"![Time and saved activations of one layer]({figure.name})\n"
+    return ""
 
 
 def main() -> int:
@@ -204,45 +253,28 @@ def main() -> int:
     size.add_argument("--full", action="store_true", help="the whole grid (the default)")
     parser.add_argument("--compiled", action="store_true", help="add PEFT under torch.compile")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    survey.add_minutes(parser)
     parser.add_argument("--out", type=Path, help="folder for the results")
     options = parser.parse_args()
     device = torch.device(options.device)
-    console = Console()
+    console, clock, found = Console(), Clock(options.minutes), Found()
+    folder, head = report.folder_for(device, options.out), report.record_head(device)
 
     shapes = grid(device, options.quick)
     if device.type == "cuda":
+        calls = [(shape, options.compiled) for shape in shapes]
         with console.status("compiling"):
-            harness.in_processes(run_once, [(shape, options.compiled) for shape in shapes])
-    found = run(shapes, device, options.compiled, console)
-    rows, skipped = found.rows, found.skipped
-    tables = [summary_table(rows), detail_table(rows), overview_table(rows)]
-    for table in tables:
-        table.show(console)
-    folder = report.folder_for(device, options.out)
-    figure = folder / "layer.png"
-    try:
-        from benchmarks.layer_figure import draw
+            harness.in_processes(run_once, calls, clock.to_compile())
 
-        draw(rows, figure)
-        picture = f"![Time and saved activations of one layer]({figure.name})\n"
-    except ImportError:
-        skipped["figure"] = "matplotlib is not installed"
-        picture = ""
-    record = report.record_head(device) | {
-        "rows": [row.as_json() for row in rows],
-        "skipped": skipped,
-        "failed": found.failed,
-    }
-    parts = ["# Layers\n", report.environment_markdown(record["environment"]), picture]
-    parts += [table.markdown() for table in tables]
-    parts += [report.skipped_markdown(found.failed, "Failed"), report.skipped_markdown(skipped)]
-    report.write(folder, "layer", record, "\n".join(part for part in parts if part))
-    for name, reason in skipped.items():
-        console.print(f"skipped: {name}: {reason}", style="yellow")
-    for name, reason in found.failed.items():
-        console.print(f"failed: {name}: {reason}", style="red")
-    console.print(f"written to {folder}")
-    return 1 if found.failed else 0
+    def save() -> None:
+        write(folder, head, found)
+
+    run(shapes, device, options.compiled, console, clock, found, save)
+    for table in tables(found.rows):
+        table.show(console)
+    if found.rows:
+        write(folder, head, found, picture_of(found, folder))
+    return found.conclude(folder, console)
 
 
 if __name__ == "__main__":

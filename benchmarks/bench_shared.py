@@ -1,8 +1,8 @@
 """Layers that share an input (q, k and v; gate and up): in one call, and in a call for each.
 
-Run with ``python -m benchmarks.bench_shared [--quick] [--backend NAME] [--out DIR]``. Before a
-shape is timed, both are compared: outputs and gradients of factors bit for bit, and the gradient of
-x, a sum in another order, by the rule of ``fastlora.testing``.
+Run with ``python -m benchmarks.bench_shared [--quick] [--backend NAME] [--minutes N] [--out DIR]``.
+Before a shape is timed, both are compared: outputs and gradients of factors bit for bit, and the
+gradient of x, a sum in another order, by the rule of ``fastlora.testing``.
 """
 
 import argparse
@@ -10,14 +10,17 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import harness, memory, report
+from benchmarks import harness, memory, report, survey
+from benchmarks.gate import poisoned
 from benchmarks.harness import Spread
 from benchmarks.shapes import DROPOUT
+from benchmarks.survey import Clock, Found
 from benchmarks.terminal import Console
 from fastlora import backends, testing
 from fastlora.functional import lora_linear, multi_lora_linear
@@ -42,6 +45,7 @@ class Row:
     vs_apart: Spread
     saved: int
     peak: int
+    host_bound: bool
 
 
 class Shared:
@@ -88,8 +92,10 @@ class Shared:
 
     def check(self) -> None:
         """Raises AssertionError where one call gives something else than a call for each."""
-        (d_x, *rest), (_, *expected) = self.step(TOGETHER), self.step(APART)
-        assert all(map(torch.equal, rest, expected)), "not bit for bit what each layer gives alone"
+        with poisoned():
+            (d_x, *rest), (_, *expected) = self.step(TOGETHER), self.step(APART)
+        if not all(map(torch.equal, rest, expected)):
+            raise AssertionError("not bit for bit what each layer gives alone")
         plain = torch.stack([testing.composition(i)["d_x"] for i in self.inputs]).sum(0)
         exact = torch.stack([testing.truth(i)["d_x"] for i in self.inputs]).sum(0)
         testing.assert_no_worse({"d_x": d_x}, {"d_x": plain}, {"d_x": exact})
@@ -97,6 +103,11 @@ class Shared:
     def resident(self) -> list[Tensor]:
         """Tensors that live outside the step."""
         return [self.x, *self.factors, *(t for i in self.inputs for t in (i.weight, i.grad))]
+
+
+def label(M: int, K: int, widths: Sequence[int]) -> str:
+    """What layers are called in the report."""
+    return f"{M}×{K}→{'+'.join(map(str, widths))}"
 
 
 def measure(M: int, K: int, widths: Sequence[int], p: float, device: torch.device) -> list[Row]:
@@ -108,7 +119,7 @@ def measure(M: int, K: int, widths: Sequence[int], p: float, device: torch.devic
     frozen, apart = harness.ratios(samples, FROZEN), harness.ratios(samples, APART)
     return [
         Row(
-            f"{M}×{K}→{'+'.join(map(str, widths))}",
+            label(M, K, widths),
             p,
             way,
             Spread.of(samples[way]),
@@ -116,6 +127,7 @@ def measure(M: int, K: int, widths: Sequence[int], p: float, device: torch.devic
             apart[way],
             memory.saved_bytes(shared.ways[way], shared.resident()),
             memory.peak_bytes(steps[way], device),
+            way in samples.host_bound,
         )
         for way in shared.ways
     ]
@@ -129,7 +141,7 @@ def table(rows: Sequence[Row]) -> report.Table:
             row.way,
             row.layers,
             f"{row.p:g}",
-            f"{row.seconds.median * 1e3:.2f}",
+            report.starred(f"{row.seconds.median * 1e3:.2f}", row.host_bound),
             report.ratio(row.vs_frozen),
             report.ratio(row.vs_apart),
             report.mib(row.saved),
@@ -137,43 +149,53 @@ def table(rows: Sequence[Row]) -> report.Table:
         ]
         for row in rows
     ]
-    return report.Table("Forward + backward of layers that share an input, r = 8", header, cells)
+    title = "Forward + backward of layers that share an input, r = 8"
+    return report.Table(title, header, cells, report.host_note(rows))
+
+
+def write(folder: Path, head: dict[str, Any], found: Found) -> None:
+    """``shared.json`` and ``shared.md``, with what was found until now."""
+    record = head | {
+        "rows": [asdict(row) for row in found.rows],
+        "skipped": found.skipped,
+        "failed": found.failed,
+    }
+    parts = ["# Layers that share an input\n", report.environment_markdown(head["environment"])]
+    parts += [table(found.rows).markdown(), found.markdown()]
+    report.write(folder, "shared", record, "\n".join(part for part in parts if part))
 
 
 def main() -> int:
-    """Command line."""
+    """Command line; 1 where one call was not what a call for each is, or something broke down."""
     parser = argparse.ArgumentParser(prog="benchmarks.bench_shared", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="few tokens only")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--backend", default="auto", choices=("auto", *backends.NAMES))
+    survey.add_minutes(parser)
     parser.add_argument("--out", type=Path, help="folder for the results")
     options = parser.parse_args()
     device, console = torch.device(options.device), Console()
+    clock, found, folder = Clock(options.minutes), Found(), report.folder_for(device, options.out)
+    head = report.record_head(device) | {"backend": options.backend}
     layers = GPU_LAYERS if device.type == "cuda" else CPU_LAYERS
     quick = GPU_TOKENS if device.type == "cuda" else QUICK_TOKENS
-    tokens = quick if options.quick else TOKENS
+    shapes = {
+        f"{label(M, K, widths)}, p={p:g}": (M, K, widths, p)
+        for K, widths in layers
+        for M in (quick if options.quick else TOKENS)
+        for p in DROPOUT
+    }
+
+    def at(shape: tuple[int, int, Sequence[int], float]) -> None:
+        found.rows.extend(measure(*shape, device))
+
+    def save() -> None:
+        write(folder, head, found)
+
     with backends.use_backend(options.backend):
-        rows = [
-            row
-            for K, widths in layers
-            for M in tokens
-            for p in DROPOUT
-            for row in measure(M, K, widths, p, device)
-        ]
-    found = table(rows)
-    found.show(console)
-    folder = report.folder_for(device, options.out)
-    record = report.record_head(device)
-    record |= {"backend": options.backend, "rows": [asdict(row) for row in rows]}
-    environment = report.environment_markdown(record["environment"])
-    report.write(
-        folder,
-        "shared",
-        record,
-        "\n".join(["# Layers that share an input\n", environment, found.markdown()]),
-    )
-    console.print(f"written to {folder}")
-    return 0
+        survey.visit("layers", shapes, at, save, found, device, clock, console)
+    table(found.rows).show(console)
+    return found.conclude(folder, console)
 
 
 if __name__ == "__main__":

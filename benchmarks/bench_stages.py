@@ -1,8 +1,8 @@
 """Each Triton and CUDA kernel alone, and the base products, beside the best of the device.
 
-Run with ``python -m benchmarks.bench_stages [--quick] [--host] [--out DIR]``. It needs a GPU. Bytes
-and operations are those of a stage's formula in ``docs/math.md``: partial sums and what is read
-twice count for nothing, so a stage at 100 % could not be faster.
+Run with ``python -m benchmarks.bench_stages [--quick] [--host] [--minutes N] [--out DIR]``. It
+needs a GPU. Bytes and operations are those of a stage's formula in ``docs/math.md``: partial sums
+and what is read twice count for nothing, so a stage at 100 % could not be faster.
 """
 
 import argparse
@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import harness, report
+from benchmarks import bench_layer, harness, report, survey
+from benchmarks.gate import poisoned
 from benchmarks.harness import Spread, Step
 from benchmarks.providers import BASELINE, Inputs, Skipped, providers
 from benchmarks.shapes import DROPOUT, Shape, gpu_shapes
+from benchmarks.survey import Clock, Found
 from benchmarks.terminal import Console
 
 P = DROPOUT[1]
@@ -30,6 +32,9 @@ COPY_BYTES = 2**30
 # so small that its time is the host's
 TINY = Shape(64, 64, 64, 16, 0.0, dtype=torch.bfloat16)
 HOST_ROUNDS, HOST_STEPS = 9, 50
+
+# by provider, seconds of a forward, and of a forward and backward
+HostCosts = dict[str, tuple[Spread, Spread]]
 
 
 @dataclass(frozen=True)
@@ -63,13 +68,15 @@ class Row:
     share: float
     against: str | None
     ratio: Spread | None
+    host_bound: bool
 
     def as_json(self) -> dict[str, Any]:
         """Plain values only."""
         spreads = {"seconds": self.seconds, "ratio": self.ratio}
         values: dict[str, Any] = {"shape": self.shape.as_json(), "stage": self.stage}
         values |= {name: s and s.__dict__ for name, s in spreads.items()}
-        return values | {"share": self.share, "against": self.against}
+        others = ("share", "against", "host_bound")
+        return values | {name: getattr(self, name) for name in others}
 
 
 class Operands:
@@ -242,7 +249,8 @@ def stage_shapes(quick: bool) -> list[Shape]:
 
 def ceilings(shapes: Sequence[Shape], device: torch.device) -> Ceilings:
     """The bandwidth of a copy, and the best rate of a base product at any of these shapes."""
-    source = torch.zeros(COPY_BYTES, dtype=torch.uint8, device=device)
+    # zeros would cost the memory less power
+    source = torch.randint(256, (COPY_BYTES,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     copies = harness.time_rounds({"copy": lambda: target.copy_(source)}, device, **ROUNDS)
     rates = []
@@ -301,35 +309,43 @@ def close(got: Any, expected: Any, operands: Tensor) -> bool:
     return bool(error <= CLOSE[operands.element_size()] * largest)
 
 
-def measure(shape: Shape, device: torch.device, best: Ceilings) -> tuple[list[Row], dict[str, str]]:
-    """All stages of one shape, in the same rounds; and what was wrong, which is not timed."""
+def where(shape: Shape) -> str:
+    """What a shape is called in the report."""
+    return f"{shape.label}, r={shape.r}"
+
+
+def measure(shape: Shape, device: torch.device, best: Ceilings, found: Found) -> None:
+    """All stages of one shape, in the same rounds; what is wrong is not timed."""
     o = Operands(shape, device)
-    ours = in_place(o) | kernels(o) | compiled(o) | fused(o)
-    expected = reference_of(o)
-    failed = {}
-    for name, stage in list(ours.items()):
-        try:
-            got = stage.step()
-            truth = expected.get(name.removesuffix(NATIVE).removesuffix(CUTLASS))
-            if truth and not close(got, truth(), o.X):
-                failed[name] = "differs from the reference"
-        except Exception as error:
-            failed[name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    stages = products(o) | {name: stage for name, stage in ours.items() if name not in failed}
+    stages = products(o) | right_stages(o, device, found)
     steps = {name: stage.step for name, stage in stages.items()}
     samples = harness.time_rounds(steps, device, **ROUNDS)
-    rows = []
     for name, stage in stages.items():
         seconds, other = Spread.of(samples[name]), AGAINST.get(name)
         ratio = harness.ratios(samples, other)[name] if other in samples else None
-        share = best.share(stage, seconds.median)
-        rows.append(Row(shape, name, seconds, share, other if ratio else None, ratio))
-    return rows, {f"{name}, {shape.label}, r={shape.r}": why for name, why in failed.items()}
+        share, bound = best.share(stage, seconds.median), name in samples.host_bound
+        found.rows.append(Row(shape, name, seconds, share, other if ratio else None, ratio, bound))
 
 
-def host_cost(
-    device: torch.device,
-) -> tuple[dict[str, tuple[Spread, Spread]], dict[str, str]]:
+def right_stages(o: Operands, device: torch.device, found: Found) -> dict[str, Stage]:
+    """Our stages at one shape, as far as they run and are right."""
+    expected, right = reference_of(o), {}
+    for name, stage in (in_place(o) | kernels(o) | compiled(o) | fused(o)).items():
+        try:
+            with poisoned():
+                got = stage.step()
+            truth = expected.get(name.removesuffix(NATIVE).removesuffix(CUTLASS))
+            if truth and not close(got, truth(), o.X):
+                raise AssertionError("differs from the reference")
+            harness.synchronize(device)
+            right[name] = stage
+        except Exception as error:
+            found.failed[f"{name}, {where(o.shape)}"] = harness.first_line(error)
+            harness.check_device(device)
+    return right
+
+
+def host_cost(device: torch.device) -> tuple[HostCosts, dict[str, str]]:
     """Seconds of the host for a forward, and for a forward and backward, without waiting for it.
 
     The layer is so small that the device is done with it before the host can launch the next. What
@@ -345,7 +361,7 @@ def host_cost(
         except Skipped:
             continue
         except Exception as error:
-            failed[name] = f"{type(error).__name__}: {error}".partition("\n")[0]
+            failed[name] = harness.first_line(error)
             continue
         steps[name] = (case.forward, case.step)
     found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in steps}
@@ -367,6 +383,8 @@ def host_cost(
 
 def run_once(shape: Shape) -> None:
     """Run every kernel, for what its compiler leaves on disk; what goes wrong is said later."""
+    if shape == TINY:
+        return bench_layer.run_once(shape, compiled=False)
     for stage in kernels(Operands(shape, needs_gpu())).values():
         try:
             stage.step()
@@ -387,25 +405,25 @@ def stage_table(rows: Sequence[Row]) -> report.Table:
                 row.stage,
                 row.shape.label,
                 str(row.shape.r),
-                f"{row.seconds.median * 1e6:.1f}",
+                report.starred(f"{row.seconds.median * 1e6:.1f}", row.host_bound),
                 f"{100 * row.share:.0f}",
                 f"{report.ratio(row.ratio)} {row.against}" if row.against else "–",
             ]
         )
     header = ("stage", "layer M×K→N", "r", "µs", "% of ceiling", "× what it stands against")
-    return report.Table("Stages", header, out)
+    return report.Table("Stages", header, out, report.host_note(rows))
 
 
-def host_table(found: dict[str, tuple[Spread, Spread]]) -> report.Table:
+def host_table(found: HostCosts) -> report.Table:
     """Microseconds of the host."""
-    floor = found[BASELINE][1].median
+    floor = found[BASELINE][1].median if BASELINE in found else None
     out = [
         [
             name,
             f"{forward.median * 1e6:.0f}",
             f"{both.median * 1e6:.0f}",
             f"[{both.low * 1e6:.0f}–{both.high * 1e6:.0f}]",
-            f"{(both.median - floor) * 1e6:+.0f}",
+            "–" if floor is None else f"{(both.median - floor) * 1e6:+.0f}",
         ]
         for name, (forward, both) in found.items()
     ]
@@ -413,76 +431,106 @@ def host_table(found: dict[str, tuple[Spread, Spread]]) -> report.Table:
     return report.Table("The host's time, per call", header, out)
 
 
-def run_stages(device: torch.device, quick: bool, out: Path | None, console: Console) -> int:
-    """Measure all stages and write ``stages.json`` and ``stages.md``; 1 where one was wrong."""
-    shapes = stage_shapes(quick)
+def run_stages(
+    device: torch.device, quick: bool, out: Path | None, console: Console, clock: Clock, host: bool
+) -> int:
+    """Measure all stages and write ``stages.json`` and ``stages.md``; 1 where one was wrong.
+
+    With ``host`` what :func:`run_host` measures is a part of them.
+    """
+    shapes, found, costs = stage_shapes(quick), Found(), HostCosts()
+    folder, head = report.folder_for(device, out), report.record_head(device)
     if device.type == "cuda":
         with console.status("compiling"):
-            harness.in_processes(run_once, [(shape,) for shape in shapes])
+            calls = [(shape,) for shape in ([TINY] if host else []) + shapes]
+            harness.in_processes(run_once, calls, clock.to_compile())
     with console.status("ceilings"):
         best = ceilings(shapes, device)
     console.print(
         f"copy {best.bandwidth / 1e12:.2f} TB/s, product {best.arithmetic / 1e12:.0f} TFLOP/s"
     )
-    rows: list[Row] = []
-    failed: dict[str, str] = {}
-    with console.progress() as progress:
-        task = progress.add_task("stages", total=len(shapes))
-        for shape in shapes:
-            progress.update(task, status=f"{shape.label} r={shape.r}")
-            more, wrong = measure(shape, device, best)
-            rows += more
-            failed |= wrong
-            progress.update(task, advance=1)
-    table = stage_table(rows)
-    table.show(console)
-    folder = report.folder_for(device, out)
-    record = report.record_head(device) | {
+
+    def at(shape: Shape) -> None:
+        measure(shape, device, best, found)
+
+    def at_host(shape: Shape) -> None:
+        measured, failed = host_cost(device)
+        costs.update(measured)
+        found.failed.update({f"host, {name}": why for name, why in failed.items()})
+
+    def save() -> None:
+        write_stages(folder, head, best, found, costs)
+
+    usual = {where(shape): shape for shape in shapes if shape.r == TINY.r}
+    others = {where(shape): shape for shape in shapes if shape.r != TINY.r}
+    for title, what, measured in (
+        ("stages", usual, at),
+        ("host", {"the host's time": TINY} if host else {}, at_host),
+        ("stages at other ranks", others, at),
+    ):
+        if not survey.visit(title, what, measured, save, found, device, clock, console):
+            break
+    stage_table(found.rows).show(console)
+    if costs:
+        host_table(costs).show(console)
+    return found.conclude(folder, console)
+
+
+def write_stages(
+    folder: Path, head: dict[str, Any], best: Ceilings, found: Found, costs: HostCosts
+) -> None:
+    """``stages.json`` and ``stages.md``, with what was found until now."""
+    record = head | {
         "bandwidth": best.bandwidth,
         "arithmetic": best.arithmetic,
-        "rows": [row.as_json() for row in rows],
-        "failed": failed,
+        "rows": [row.as_json() for row in found.rows],
+        **({"host": host_record(costs)} if costs else {}),
+        "skipped": found.skipped,
+        "failed": found.failed,
     }
     said = (
         f"The ceilings, measured in the same run: {best.bandwidth / 1e12:.2f} TB/s (copy of "
         f"{COPY_BYTES / 2**30:g} GiB), {best.arithmetic / 1e12:.0f} TFLOP/s (best base product "
         f"of these shapes). Dropout {P:g} where a stage has it and does not say otherwise.\n"
     )
-    parts = ["# Stages\n", report.environment_markdown(record["environment"]), said]
-    parts += [table.markdown(), report.skipped_markdown(failed, "Failed")]
+    parts = ["# Stages\n", report.environment_markdown(head["environment"]), said]
+    parts += [stage_table(found.rows).markdown(), host_markdown(costs) if costs else ""]
+    parts += [found.markdown()]
     report.write(folder, "stages", record, "\n".join(part for part in parts if part))
-    return conclude(failed, folder, console)
 
 
-def conclude(failed: dict[str, str], folder: Path, console: Console) -> int:
-    """Says what failed and where the rest is; gives the exit status back."""
-    for name, reason in failed.items():
-        console.print(f"failed: {name}: {reason}", style="red")
-    console.print(f"written to {folder}")
-    return 1 if failed else 0
-
-
-def run_host(device: torch.device, out: Path | None, console: Console) -> int:
-    """Measure the host's time and write ``host.json`` and ``host.md``; 1 where something failed."""
-    found, failed = host_cost(device)
-    table = host_table(found)
-    table.show(console)
-    folder = report.folder_for(device, out)
-    record = report.record_head(device) | {
+def host_record(costs: HostCosts) -> dict[str, Any]:
+    """Plain values only."""
+    return {
         "sizes": TINY.as_json(),
         "rows": [
             {"provider": name, "forward": forward.__dict__, "both": both.__dict__}
-            for name, (forward, both) in found.items()
+            for name, (forward, both) in costs.items()
         ],
     }
+
+
+def host_markdown(costs: HostCosts) -> str:
+    """The table, and what it is of."""
     said = (
         f"A layer of {TINY.label}, r={TINY.r}, in bfloat16: {HOST_STEPS} calls one after the "
         "other, without waiting for the device.\n"
     )
-    parts = ["# Host\n", report.environment_markdown(record["environment"]), said]
-    parts += [table.markdown(), report.skipped_markdown(failed, "Failed")]
+    return f"{host_table(costs).markdown()}\n{said}"
+
+
+def run_host(device: torch.device, out: Path | None, console: Console) -> int:
+    """Measure the host's time and write ``host.json`` and ``host.md``; 1 where something failed."""
+    found = Found()
+    costs, failed = host_cost(device)
+    found.failed.update(failed)
+    host_table(costs).show(console)
+    folder, head = report.folder_for(device, out), report.record_head(device)
+    parts = ["# Host\n", report.environment_markdown(head["environment"])]
+    parts += [host_markdown(costs), found.markdown()]
+    record = head | host_record(costs)
     report.write(folder, "host", record, "\n".join(part for part in parts if part))
-    return conclude(failed, folder, console)
+    return found.conclude(folder, console)
 
 
 def needs_gpu() -> torch.device:
@@ -503,15 +551,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.bench_stages", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a part of the grid")
     parser.add_argument("--host", action="store_true", help="only what a call costs the host")
+    survey.add_minutes(parser)
     parser.add_argument("--out", type=Path, help="folder for the results")
     options = parser.parse_args()
     device, console = needs_gpu(), Console()
     if options.host and device.type != "cuda":
         raise SystemExit("--host: needs a GPU, whose work the host does not wait for")
-    status = 0 if options.host else run_stages(device, options.quick, options.out, console)
-    if device.type == "cuda":
-        status |= run_host(device, options.out, console)
-    return status
+    if options.host:
+        return run_host(device, options.out, console)
+    on_gpu, clock = device.type == "cuda", Clock(options.minutes)
+    return run_stages(device, options.quick, options.out, console, clock, host=on_gpu)
 
 
 if __name__ == "__main__":

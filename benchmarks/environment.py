@@ -59,7 +59,10 @@ def _path(device: torch.device) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree, with ``+changes`` when the tree differs from it."""
+    """The commit of the source tree, with ``+changes`` when the tree differs from it.
+
+    Without a repository, as where a tree was copied to, what the variable ``COMMIT`` says.
+    """
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *args]
@@ -70,7 +73,7 @@ def _commit() -> str | None:
         changes = git("status", "-s", "--", ":(top)", ":(top,exclude)benchmarks/results")
         return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changes else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("COMMIT")
 
 
 def environment(device: torch.device) -> dict[str, object]:

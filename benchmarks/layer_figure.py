@@ -5,9 +5,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import report
+from benchmarks.providers import BASELINE
 
 if TYPE_CHECKING:
     from benchmarks.bench_layer import Row
+
+
+# of a provider that has none of its own
+MARKER, COLOUR = "*", "#000000"
+
+
+def _drawn(rows: Sequence["Row"]) -> list[str]:
+    """The providers in the order of their marks; the baseline is a line."""
+    found = dict.fromkeys(row.provider for row in rows if row.provider != BASELINE)
+    known = [name for name in report.MARKERS if name in found]
+    return [*known, *(name for name in found if name not in known)]
 
 
 def _panel(
@@ -16,19 +28,20 @@ def _panel(
     labels: Sequence[str],
     value: Callable[["Row"], tuple[float, float, float]],
 ) -> None:
-    names = [n for n in report.MARKERS if any(row.provider == n for row in rows)]
+    names = _drawn(rows)
     step = min(0.16, 0.8 / len(names))
     for index, name in enumerate(names):
         mine = [row for row in rows if row.provider == name]
         low, middle, high = zip(*map(value, mine), strict=True)
         # a small offset keeps marks of equal value apart
         at = [labels.index(_label(row)) + step * (index - (len(names) - 1) / 2) for row in mine]
-        axes.hlines(at, low, high, color=report.COLOURS[name], linewidth=2, alpha=0.45)
+        colour = report.COLOURS.get(name, COLOUR)
+        axes.hlines(at, low, high, color=colour, linewidth=2, alpha=0.45)
         axes.plot(
             middle,
             at,
-            report.MARKERS[name],
-            color=report.COLOURS[name],
+            report.MARKERS.get(name, MARKER),
+            color=colour,
             label=name,
             markersize=6 if name == "fastlora" else 5,
             markeredgecolor="white",
@@ -54,8 +67,7 @@ def draw(rows: Sequence["Row"], path: Path) -> None:
     pyplot = report.paper_style()
     labels = list(dict.fromkeys(map(_label, rows)))
     dropout = sorted({row.shape.p for row in rows})
-    marks = len(report.MARKERS.keys() & {row.provider for row in rows})
-    height = 0.36 * max(1, marks / 5)
+    height = 0.36 * max(1, len(_drawn(rows)) / 5)
     figure, panels = pyplot.subplots(
         1,
         len(dropout) + 1,
@@ -68,7 +80,7 @@ def draw(rows: Sequence["Row"], path: Path) -> None:
         spread = [(r.vs_frozen.low, r.vs_frozen.median, r.vs_frozen.high) for r in here]
         values = dict(zip(map(id, here), spread, strict=True))
         _panel(axes, here, labels, lambda row, values=values: values[id(row)])
-        axes.axvline(1, color=report.COLOURS["frozen linear"], linewidth=1.2, linestyle="--")
+        axes.axvline(1, color=report.COLOURS[BASELINE], linewidth=1.2, linestyle="--")
         axes.set_title(f"Time, dropout {p:g}")
         axes.set_xlabel("forward + backward, × frozen nn.Linear")
     saving = [row for row in rows if row.shape.p == dropout[-1]]

@@ -1,6 +1,7 @@
 """Tables, files and colours that all benchmarks share."""
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ COLOURS = {
     "PEFT compiled": "#CC79A7",
     "fastlora": "#D55E00",
     "fastlora (reference)": "#0072B2",
+    "fastlora (native)": "#F0A07A",
+    "fastlora (triton)": "#B8860B",
+    "fastlora (cutlass)": "#6A3D9A",
     "fastlora (fused)": "#8F2F00",
     "PyTorch chain": "#555555",
     "PyTorch chain, compiled": "#AA4499",
@@ -37,6 +41,9 @@ MARKERS = {
     "addmm order": "<",
     "LoRAFusion's dataflow": "h",
     "fastlora (reference)": "D",
+    "fastlora (native)": "p",
+    "fastlora (triton)": ">",
+    "fastlora (cutlass)": "H",
     "fastlora (fused)": "d",
     "fastlora": "o",
 }
@@ -50,15 +57,19 @@ class Table:
         title: Shown above.
         header: Column names; the first column is text, the others are numbers.
         rows: Cells, formatted; an empty row separates groups.
+        note: Shown below.
     """
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    note: str = ""
 
     def show(self, console: Console) -> None:
         """Print it."""
         console.table(self.title, self.header, self.rows)
+        if self.note:
+            console.print(self.note)
 
     def markdown(self) -> str:
         """As a GitHub table under a heading."""
@@ -67,7 +78,20 @@ class Table:
             "|:--" + "|--:" * (len(self.header) - 1) + "|",
         ]
         lines += ["| " + " | ".join(row) + " |" for row in self.rows if row]
-        return f"## {self.title}\n\n" + "\n".join(lines) + "\n"
+        note = f"\n{self.note}\n" if self.note else ""
+        return f"## {self.title}\n\n" + "\n".join(lines) + "\n" + note
+
+
+def starred(text: str, host_bound: bool) -> str:
+    """A time, marked where it includes the host's."""
+    return text + "*" * host_bound
+
+
+def host_note(rows: Sequence[Any]) -> str:
+    """What the mark says, where one of ``rows`` has it."""
+    if not any(row.host_bound for row in rows):
+        return ""
+    return "With an asterisk: the device had to wait for the host, whose time is included."
 
 
 def ratio(spread: Spread | None) -> str:
@@ -113,8 +137,15 @@ def write(folder: Path, stem: str, record: dict[str, Any], markdown: str) -> Non
     """The raw record as JSON and the report as Markdown."""
     text = json.dumps(record, indent=1, ensure_ascii=False)
     text = re.sub(r"\[[^][{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text)
-    (folder / f"{stem}.json").write_text(text + "\n", encoding="utf-8")
-    (folder / f"{stem}.md").write_text(markdown, encoding="utf-8")
+    write_whole(folder / f"{stem}.json", text + "\n")
+    write_whole(folder / f"{stem}.md", markdown)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file such that whoever is killed meanwhile leaves the one that was there."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
 
 
 def record_head(device: Any) -> dict[str, Any]:

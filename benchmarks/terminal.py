@@ -30,7 +30,7 @@ class Console:
     def print(self, text: str, style: str | None = None) -> None:
         """One message."""
         if self._rich:
-            self._rich.print(text, style=style)
+            self._rich.print(text, style=style, markup=False)
         else:
             print(text, flush=True)
 

@@ -4,7 +4,10 @@ Run with ``python -m benchmarks.tune [--stage NAME] [--minutes 5] [--out FILE]``
 each row of the present table are compiled in several processes, the commonest operands first. What
 does not fit the device, or gives another result than the present config, is left out. The rest is
 timed on one layer, and the best few on all. A row stays as it is where nothing is faster by a
-hundredth, or where the time is up before its turn.
+hundredth, or where the time is up before its turn. The file is written after each row.
+
+The table counts as measured, whereupon ``auto`` takes Triton, once all rows for 16-bit operands
+were, and whole layers with them are nowhere slower than the composition that adds in place.
 
 Which backend a layer takes is another thing, and another table: ``fastlora tune``.
 """
@@ -23,10 +26,12 @@ from unittest import mock
 
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, report
 from benchmarks.bench_stages import AGAINST, Operands, close, in_place, kernels, needs_gpu
 from benchmarks.environment import environment
-from benchmarks.shapes import GPU_LAYERS, GPU_RANKS, Shape
+from benchmarks.gate import check_case, poisoned
+from benchmarks.providers import Inputs, addmm_order, fastlora_with
+from benchmarks.shapes import GPU_LAYERS, GPU_RANKS, Shape, gpu_shapes
 from benchmarks.terminal import Console
 from fastlora.kernels import configs
 from fastlora.kernels.configs import Config, Table
@@ -56,6 +61,9 @@ FINALISTS = 4
 # as much faster as it has to be: a table does not change for noise
 GAIN = 0.99
 ROUNDS = {"budget_s": 0.5, "min_rounds": 5, "max_rounds": 30}
+# what tiles may have of the time, and with them fused products; whole layers have the rest
+TILES_SHARE, FUSED_SHARE = 0.6, 0.8
+COMPOSITION = "addmm order"
 # what a program can have of a big GPU: a candidate above it is not even compiled
 SHARED_BYTES = 227 * 1024
 
@@ -203,8 +211,11 @@ def viable(trials: Sequence[Trial], end: float) -> list[bool]:
 def right(names: Sequence[str], shape: Shape, table: Table, present: Table) -> bool:
     """Whether ``table`` works at this shape and gives the result of the present one."""
     try:
-        got = step_of(names, shape, table)()
+        with poisoned():
+            got = step_of(names, shape, table)()
+        harness.synchronize(needs_gpu())
     except Exception:
+        harness.check_device(needs_gpu())
         return False
     return close(got, step_of(names, shape, present)(), operands(shape).X)
 
@@ -227,8 +238,14 @@ def compare(
     return {trial: ratios[trial].median for trial in steps if trial is not None}
 
 
-def tune(present: Table, rows: Sequence[Row], end: float, console: Console) -> dict[Row, Config]:
-    """The best config of each row that was measured on all layers in time."""
+def tune(
+    present: Table,
+    rows: Sequence[Row],
+    end: float,
+    console: Console,
+    save: Callable[[dict[Row, Config]], None],
+) -> dict[Row, Config]:
+    """The best config of each row that was measured on all layers in time; saved row by row."""
     start, first = time.perf_counter(), LAYERS[0]
     rows = [row for row in rows if ranks_of(present, row)]
     trials = {row: candidates(*row[:2], config_of(present, row)) for row in rows}
@@ -237,9 +254,10 @@ def tune(present: Table, rows: Sequence[Row], end: float, console: Console) -> d
         return [
             (row, t, (STEPS[row[0]], shape_of(layer, r, row[1]), with_row(present, row, t)))
             for row, of_row in trials.items()
-            for t in (config_of(present, row), *of_row)
             for r in (ranks_of(present, row) if len(layers) > 1 else ranks_of(present, row)[:1])
             for layer in layers
+            # last: operands stay as long as the shape does
+            for t in (config_of(present, row), *of_row)
         ]
 
     def sift(layers: Sequence[tuple[int, int, int]], until: float) -> None:
@@ -277,30 +295,78 @@ def tune(present: Table, rows: Sequence[Row], end: float, console: Console) -> d
         best[row] = winner if faster else config_of(present, row)
         said = f"{means[winner]:.3f} × the time before" if faster else "stays"
         console.print(f"{' '.join(map(str, row))}: {said}")
+        save(best)
     return best
 
 
 def tune_fused(table: Table, stages: Sequence[str], end: float) -> set[tuple[Any, ...]]:
-    """Where a fused product, with a mask, beats the product in place: keys as in ``Table``."""
-    found: set[tuple[Any, ...]] = set()
+    """Where a fused product, with a mask, beats the product in place: keys as in ``Table``.
+
+    What has no turn in time stays as it is in ``table``.
+    """
+    found = {key for key in table.fused if key[0] in stages}
     wanted = [
         (stage, kind, shape_of(layer, r, kind))
-        for kind, stage, layer, r in product(KINDS, stages, LAYERS, RANKS)
+        for kind, layer, r, stage in product(KINDS, LAYERS, RANKS, stages)
     ]
     trials = [((stage, AGAINST[stage]), shape, table) for stage, _, shape in wanted]
-    works = viable(trials, end)
+    works = viable(trials, (time.perf_counter() + end) / 2)
     for (stage, kind, shape), fine in zip(wanted, works, strict=True):
-        if not fine:
-            continue
-        names = {name: step_of([name], shape, table) for name in (stage, AGAINST[stage])}
-        results = [step() for step in names.values()]
-        if not close(*results, operands(shape).X):
-            continue
-        samples = harness.time_rounds(names, needs_gpu(), **ROUNDS)
-        ratio = harness.ratios(samples, AGAINST[stage])[stage]
-        if ratio.median < GAIN and ratio.high < 1:
-            found.add((stage, kind, shape.M, shape.N, shape.K, shape.r))
+        if time.perf_counter() > end:
+            break
+        key = (stage, kind, shape.M, shape.N, shape.K, shape.r)
+        faster = fine and fused_is_faster(stage, shape, table)
+        found = found | {key} if faster else found - {key}
     return found
+
+
+def fused_is_faster(stage: str, shape: Shape, table: Table) -> bool:
+    """Whether a fused product is right at this shape, and faster than the product in place."""
+    names = {name: step_of([name], shape, table) for name in (stage, AGAINST[stage])}
+    with poisoned():
+        results = [step() for step in names.values()]
+    if not close(*results, operands(shape).X):
+        return False
+    samples = harness.time_rounds(names, needs_gpu(), **ROUNDS)
+    ratio = harness.ratios(samples, AGAINST[stage])[stage]
+    return ratio.median < GAIN and ratio.high < 1
+
+
+def layers_to_hold() -> list[Shape]:
+    """The layers of the grid, of one dtype, at which Triton may not be slower."""
+    return [s for s in gpu_shapes(quick=False) if s.r == 16 and s.factors == s.dtype]
+
+
+def objections(table: Table, end: float) -> Iterator[str]:
+    """The layers at which Triton's, with this table, was not shown to be right and fast enough."""
+    for shape in layers_to_hold():
+        where = f"{shape.label}, r={shape.r}, p={shape.p:g}"
+        if time.perf_counter() > end:
+            yield f"{where}: the time was up before its turn"
+            continue
+        try:
+            ratio = layer_ratio(shape, table)
+        except Exception as error:
+            yield f"{where}: {harness.first_line(error)}"
+            harness.check_device(needs_gpu())
+            continue
+        if ratio > 1:
+            yield f"{where}: {ratio:.3f} × {COMPOSITION}"
+
+
+def layer_ratio(shape: Shape, table: Table) -> float:
+    """The time of Triton's layer, forward and backward, over that of the composition."""
+    inputs = Inputs.make(shape, needs_gpu())
+    cases = {
+        "triton": fastlora_with("triton")(shape, inputs),
+        COMPOSITION: addmm_order(shape, inputs),
+    }
+    with mock.patch.object(configs, "table", lambda architecture: table):
+        for case in cases.values():
+            check_case(shape, case)
+        steps = {name: case.step for name, case in cases.items()}
+        samples = harness.time_rounds(steps, needs_gpu(), **ROUNDS)
+    return harness.ratios(samples, COMPOSITION)["triton"].median
 
 
 def as_text(table: Table, programs: int) -> str:
@@ -326,14 +392,27 @@ def as_text(table: Table, programs: int) -> str:
     )
 
 
-def origin(device: torch.device, measured: int, total: int, before: str) -> str:
-    """Where the rows come from."""
+def origin(device: torch.device) -> str:
+    """Where rows measured here come from."""
     env: dict[str, Any] = environment(device)
     versions = ", ".join(f"{name} {env['packages'][name]}" for name in ("torch", "triton"))
-    here = f"measured on {env['device']}, {env['date'][:10]}, {versions}, commit {env['commit']}"
+    return f"measured on {env['device']}, {env['date'][:10]}, {versions}, commit {env['commit']}"
+
+
+def origin_of(here: str, measured: int, total: int, before: str) -> str:
+    """Where the rows of a table come from, of which some were measured here."""
     if measured == total:
         return here
     return f"{measured} of {total} rows {here}; the others: {before}"
+
+
+def write(path: Path, table: Table) -> None:
+    """The table's file, whole or as it was."""
+    # as many as most rows have, so that few rows say it
+    counts = [c.programs for of_stage in table.rows.values() for *_, c in of_stage]
+    text = as_text(table, statistics.mode(counts))
+    assert Table.parse(text).rows == table.rows
+    report.write_whole(path, text)
 
 
 def main() -> None:
@@ -355,27 +434,38 @@ def main() -> None:
     )
     chosen = [row for row in rows if options.stage in (None, row[0])]
     stages = [stage for stage in FUSED if options.stage in (None, stage)]
+    here = origin(device)
 
-    share = 0.7 if stages else 1.0
-    best = tune(present, chosen, begin + share * 60 * options.minutes, console)
-    table = present
-    for row, config in best.items():
-        table = with_row(table, row, config)
-    kept = {shape for shape in present.fused if shape[0] not in stages}
+    def until(share: float) -> float:
+        return begin + share * 60 * options.minutes
+
+    def with_rows(best: dict[Row, Config]) -> Table:
+        table = replace(present, origin=origin_of(here, len(best), len(rows), present.origin))
+        for row, config in best.items():
+            table = with_row(table, row, config)
+        return table
+
+    def save(best: dict[Row, Config]) -> None:
+        write(path, with_rows(best))
+
+    best = tune(present, chosen, until(TILES_SHARE if stages else FUSED_SHARE), console, save)
+    table = with_rows(best)
     if stages:
         with console.status("fused products"):
-            kept |= tune_fused(table, stages, begin + 0.9 * 60 * options.minutes)
-    total = sum(map(len, present.rows.values()))
-    said = origin(device, len(best), total, present.origin)
-    # as many as most rows have, so that few rows say it
-    counts = [c.programs for of_stage in table.rows.values() for *_, c in of_stage]
-    table = replace(
-        table, origin=said, measured=present.measured or bool(best), fused=frozenset(kept)
+            kept = {shape for shape in present.fused if shape[0] not in stages}
+            kept |= tune_fused(table, stages, until(FUSED_SHARE))
+        table = replace(table, fused=frozenset(kept))
+        write(path, table)
+    if all(row in best for row in rows if row[1] == "16"):
+        against = []
+        for objection in objections(table, until(1)):
+            console.print(f"auto does not take Triton: {objection}", style="yellow")
+            against.append(objection)
+        table = replace(table, measured=not against)
+    write(path, table)
+    console.print(
+        f"{len(best)} of {len(chosen)} rows measured, {len(table.fused)} shapes fused: {path}"
     )
-    text = as_text(table, statistics.mode(counts))
-    assert Table.parse(text).rows == table.rows
-    path.write_text(text, encoding="utf-8")
-    console.print(f"{len(best)} of {len(chosen)} rows measured, {len(kept)} shapes fused: {path}")
 
 
 if __name__ == "__main__":
