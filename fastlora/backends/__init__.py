@@ -141,13 +141,7 @@ def available(device: str | None = None) -> dict[str, str | None]:
     Args:
         device: Type of the device that the tensors are on; None: that of the backend's choice.
     """
-    found = {name: backend.why_not() for name, backend in _BACKENDS.items()}
-    if device is not None:
-        for name, reason in found.items():
-            found[name] = reason or _no_kernels(_BACKENDS[name], device)
-        if device == "cuda" and not found["native"]:
-            found["native"] = native.cuda_obstacle()
-    return found
+    return {name: _obstacle(name, device) for name in _BACKENDS}
 
 
 def select(
@@ -256,9 +250,9 @@ def _warn_of_the_plain_path(*others: str) -> None:
 
 
 def _usable(name: str, device: str, dtype: torch.dtype) -> bool:
-    if name not in NAMES or (backend := _BACKENDS[name]).why_not() or _no_kernels(backend, device):
+    if name not in NAMES or _obstacle(name, device):
         return False
-    return dtype in (backend.dtypes or {}).get(device, (dtype,))
+    return dtype in (_BACKENDS[name].dtypes or {}).get(device, (dtype,))
 
 
 def _best(device: str, dtype: torch.dtype) -> str:
@@ -267,6 +261,16 @@ def _best(device: str, dtype: torch.dtype) -> str:
         return "native"
     usable = device == "cuda" and _usable("triton", device, dtype)
     return "triton" if usable and passed_over("triton", device) is None else "reference"
+
+
+def _obstacle(name: str, device: str | None) -> str | None:
+    backend = _BACKENDS[name]
+    reason = backend.why_not()
+    if device is not None:
+        reason = reason or _no_kernels(backend, device)
+    if (name, device) == ("native", "cuda"):
+        reason = reason or native.cuda_obstacle()
+    return reason
 
 
 def _no_kernels(backend: Backend, device: str) -> str | None:
