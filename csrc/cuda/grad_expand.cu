@@ -27,6 +27,16 @@ struct Shape {
   static constexpr int kSums = kWarps * kTileRows * Ranks;
 };
 
+// Blocks on a multiprocessor, for which there are registers.
+constexpr int resident(int ranks, bool splits) { return ranks == 32 && splits ? 1 : 2; }
+
+// An element of `sums`, in an order of ranks that is that of eight rows on, too. Neither quads that
+// write eight rows nor threads that read one compete for banks.
+template <int Ranks>
+__device__ int place_of_sum(int row, int rank) {
+  return row * Ranks + (rank ^ (Ranks == 32 ? row % 4 : row / 2 % 2) * 8);
+}
+
 template <class T, int Ranks, bool Splits>
 constexpr size_t shared_bytes() {
   using Of = Shape<Ranks, Splits>;
@@ -36,7 +46,7 @@ constexpr size_t shared_bytes() {
 
 // Where B `Splits`, its parts are side by side.
 template <class T, int Ranks, bool Splits>
-__global__ void __launch_bounds__(kThreads, Ranks == 32 && Splits ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, resident(Ranks, Splits))
     grad_expand_kernel(const T* dY, int64_t y_stride, const float* S, int64_t s_stride, const T* B,
                        int64_t n_stride, int64_t r_stride, float* dS, float* dB, int64_t M,
                        int64_t chunk, int N, int r) {
@@ -50,6 +60,9 @@ __global__ void __launch_bounds__(kThreads, Ranks == 32 && Splits ? 1 : 2)
   uint4* ring = shared_memory<uint4>() + warp * Of::kStages * Of::kStageVectors;
   float* sums = reinterpret_cast<float*>(shared_memory<uint4>() + Of::kRingVectors);
   T* split = reinterpret_cast<T*>(sums + Of::kSums);
+  // of this thread: where it puts its first sum, and where it finds the first to add up
+  const int first_sum = warp * kTileRows * Ranks + place_of_sum<Ranks>(g, 2 * q);
+  const float* of_element = sums + place_of_sum<Ranks>(threadIdx.x / Ranks, threadIdx.x % Ranks);
 
   const auto fetch = [&](int slot, int64_t row) {
     const T* y = dY + (row + g) * y_stride + mine;
@@ -112,17 +125,17 @@ __global__ void __launch_bounds__(kThreads, Ranks == 32 && Splits ? 1 : 2)
             right_of(right[tile][pair], upper, upper + 32, 2 * pair);
           }
 #pragma unroll
-        for (int part = Of::kParts - 1; part >= 0; --part)
+        for (int m = 0; m < Ranks / 16; ++m) {
+          uint32_t left[Of::kParts][4];
 #pragma unroll
-          for (int m = 0; m < Ranks / 16; ++m) {
-            uint32_t left[4];
-            Rows::left_transposed(left, here + part * Rows::kPart, 16 * half, m);
+          for (int part = 0; part < Of::kParts; ++part)
+            Rows::left_transposed(left[part], here + part * Rows::kPart, 16 * half, m);
 #pragma unroll
-            for (int tile = 0; tile < Of::kTiles; ++tile)
+          for (int tile = 0; tile < Of::kTiles; ++tile)
 #pragma unroll
-              for (int j = 0; j < 4; ++j)
-                multiply<T>(sum_B[tile][m][j], left, right[tile][j / 2][j % 2]);
-          }
+            for (int j = 0; j < 4; ++j)
+              multiply_parts<T, Splits>(sum_B[tile][m][j], left, right[tile][j / 2][j % 2]);
+        }
       }
     if (!dS) continue;
 
@@ -146,9 +159,9 @@ __global__ void __launch_bounds__(kThreads, Ranks == 32 && Splits ? 1 : 2)
 #pragma unroll
       for (int j = 0; j < kTilesN; ++j)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int at = warp * kTileRows + 16 * i + g + 8 * (e / 2);
-          sums[at * Ranks + 8 * j + 2 * q + e % 2] = sum[j][e];
+        for (int half = 0; half < 2; ++half) {
+          const int at = (16 * i + 8 * half) * Ranks + (first_sum ^ 8 * j);
+          *reinterpret_cast<float2*>(sums + at) = {sum[j][2 * half], sum[j][2 * half + 1]};
         }
     }
     __syncthreads();
@@ -157,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, Ranks == 32 && Splits ? 1 : 2)
       const int e = threadIdx.x + i * kThreads;
       float total = 0;
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) total += sums[w * kTileRows * Ranks + e];
+      for (int w = 0; w < kWarps; ++w) total += of_element[w * kTileRows * Ranks + i * kThreads];
       const int64_t m = row + e / Ranks;
       const int of = rank + e % Ranks;
       if (m < end && of < r) dS[(blockIdx.x * M + m) * r + of] = total;
@@ -195,7 +208,8 @@ struct Plan {
         slabs(blocks_of(block.width,
                         ranks == 16 && !splits ? Shape<16, false>::kSlab : Shape<32, true>::kSlab)),
         tiles(blocks_of(B.cols, ranks)),
-        chunks(dY.rows, kTileRows, slabs * tiles) {}
+        chunks(dY.rows, kTileRows, slabs * tiles, kPrograms / 2 * resident(ranks, splits),
+               kLeastRows) {}
 };
 
 }  // namespace
@@ -270,10 +284,11 @@ cudaError_t grad_expand(const Matrix& dY, const float* S, const Matrix& B, Facto
         if (plan.splits) return start_for(std::true_type());
       return start_for(std::false_type());
     });
-    if (!error && dS)
-      error =
-          sum_parts(dS_parts, int(plan.slabs), M * r, c, {dS_g, Dtype::f32, M, r, R, 1}, stream);
-    if (!error && dB.data) error = sum_parts(dB_parts, plan.chunks.count, n * r, {}, dB_g, stream);
+    Sum sums[2];
+    int count = 0;
+    if (dS) sums[count++] = {dS_parts, int(plan.slabs), M * r, c, {dS_g, Dtype::f32, M, r, R, 1}};
+    if (dB.data) sums[count++] = {dB_parts, plan.chunks.count, n * r, {}, dB_g};
+    if (!error) error = sum_parts(sums, count, stream);
     if (error) return error;
   }
   return cudaSuccess;

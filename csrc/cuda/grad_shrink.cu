@@ -24,6 +24,11 @@ constexpr size_t shared_bytes() {
   return kRingVectors * sizeof(uint4) + 2 * Layers * RowsOf<T, Ranks, Splits>::kBytes;
 }
 
+// Blocks on a multiprocessor, for which there are registers.
+constexpr int resident(int ranks, bool input, bool splits) {
+  return ranks > (input || splits ? 16 : 32) ? 1 : 2;
+}
+
 // Of a layer.
 template <class T>
 struct Job {
@@ -43,7 +48,7 @@ struct Jobs {
 // Where A `Splits`, its parts are one above the other. `adds`: to dX. More ranks than a tile has
 // are those of a single layer.
 template <class T, int Ranks, int Layers, bool Input, bool Splits>
-__global__ void __launch_bounds__(kThreads, Layers* Ranks > (Input ? 16 : 32) ? 1 : 2)
+__global__ void __launch_bounds__(kThreads, resident(Layers* Ranks, Input, Splits))
     grad_shrink_kernel(const T* X, int64_t x_stride, Jobs<T, Layers> jobs, T* dX, int64_t dx_stride,
                        bool adds, int64_t M, int64_t chunk, int K) {
   using Rows = RowsOf<T, Ranks, Splits>;
@@ -135,14 +140,15 @@ __global__ void __launch_bounds__(kThreads, Layers* Ranks > (Input ? 16 : 32) ? 
 #pragma unroll
         for (int pair = 0; pair < 2; ++pair) right_of(right[pair], upper, lower, 2 * pair);
 #pragma unroll
-        for (int part = kParts - 1; part >= 0; --part)
+        for (int tile = 0; tile < Ranks / 16; ++tile) {
+          uint32_t left[kParts][4];
 #pragma unroll
-          for (int tile = 0; tile < Ranks / 16; ++tile) {
-            uint32_t left[4];
-            Rows::left_transposed(left, dS + part * Rows::kPart, 16 * half, tile);
+          for (int part = 0; part < kParts; ++part)
+            Rows::left_transposed(left[part], dS + part * Rows::kPart, 16 * half, tile);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) multiply<T>(sum[l][tile][j], left, right[j / 2][j % 2]);
-          }
+          for (int j = 0; j < 4; ++j)
+            multiply_parts<T, Splits>(sum[l][tile][j], left, right[j / 2][j % 2]);
+        }
         if constexpr (Input) {
           float term[4][4] = {};
 #pragma unroll
@@ -191,7 +197,7 @@ struct Plan {
   bool splits, vectors;
   // with dX
   bool input;
-  int layers = 1, ranks;
+  int layers, ranks;
   int64_t slabs, tiles;
   Chunks chunks;
 
@@ -199,19 +205,14 @@ struct Plan {
       : splits(is_split(X, of[0].A)),
         vectors(is_vectors(X) && (splits || X.dtype == of[0].A.dtype) && X.cols < 1 << 30),
         input(vectors && dX.data && is_vectors(dX) && has_input(of[0].A)),
+        layers(input ? together(of, count) : 1),
         ranks(of[0].A.rows <= kLeastRanks ? kLeastRanks
               : of[0].A.rows <= 32        ? 32
                                           : kMostRanks),
         slabs(blocks_of(X.cols, kSlab)),
         tiles(blocks_of(of[0].A.rows, ranks)),
-        chunks(X.rows, kTileRows, slabs * tiles) {
-    // without dX, as in a model's first layers, each is a launch of its own
-    const auto fits = [&](const Matrix& A) {
-      return A.rows <= kLeastRanks && A.dtype == of[0].A.dtype && has_input(A);
-    };
-    if (input && fits(of[0].A))
-      while (layers < std::min(count, kMostLayers) && fits(of[layers].A)) ++layers;
-  }
+        chunks(X.rows, kTileRows, slabs * tiles,
+               kPrograms / 2 * resident(layers * ranks, input, splits), kLeastRows) {}
 
   // of a layer: the bytes of its factor's parts, which come first, and of all
   size_t factor_bytes(const Matrix& A) const {
@@ -223,6 +224,16 @@ struct Plan {
   }
 
  private:
+  // without dX, as in a model's first layers, each is a launch of its own
+  int together(const GradShrinkLayer* of, int count) const {
+    const auto fits = [&](const Matrix& A) {
+      return A.rows <= kLeastRanks && A.dtype == of[0].A.dtype && has_input(A);
+    };
+    int n = 1;
+    if (fits(of[0].A))
+      while (n < std::min(count, kMostLayers) && fits(of[n].A)) ++n;
+    return n;
+  }
   // parts of the factor need the registers of as many ranks
   bool has_input(const Matrix& A) const {
     return A.rows && A.rows <= (splits ? kMostRanks / 2 : kMostRanks) &&
@@ -286,11 +297,10 @@ cudaError_t grad_shrink_together(const Matrix& X, const Plan& plan, const GradSh
                       : start<T, false, false>(X, plan, jobs, dX, adds, stream);
   });
   if (error) return error;
+  Sum sums[kMostLayers];
   for (int l = 0; l < plan.layers; ++l)
-    if (const cudaError_t error = sum_parts(parts[l], plan.chunks.count, layers[l].A.rows * X.cols,
-                                            {}, layers[l].dA, stream))
-      return error;
-  return cudaSuccess;
+    sums[l] = {parts[l], plan.chunks.count, layers[l].A.rows * X.cols, {}, layers[l].dA};
+  return sum_parts(sums, plan.layers, stream);
 }
 
 // Any layer's dA.

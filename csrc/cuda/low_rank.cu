@@ -11,18 +11,22 @@
 namespace fastlora::cuda {
 namespace {
 
-constexpr int kSlab = kWarps * kTileCols;
+constexpr int kSlab = kWarps * kTileCols, kMostRanks = 64;
 
-template <class T, int Ranks>
-__global__ void __launch_bounds__(kThreads, Ranks > 16 ? 1 : 2)
+// `Plain`: there is no mask, and nothing is added to. `Floats`: the rows of `left` are float32 next
+// to each other, and no more than the ranks of a tile. `pairs`: see RightFactor.
+template <class T, int Ranks, bool Plain, bool Floats>
+__global__ void __launch_bounds__(kThreads, Ranks > (Floats ? 32 : 16) ? 1 : 2)
     low_rank_kernel(Matrix left, const T* right, int64_t n_stride, int64_t r_stride, int r,
-                    Matrix bias, Factor c, const uint8_t* mask, T* out, int64_t out_stride,
-                    bool adds, int64_t chunk, int N) {
+                    bool pairs, Matrix bias, Factor c, const uint8_t* mask, T* out,
+                    int64_t out_stride, bool adds, int64_t chunk, int N) {
   using Rows = SplitRows<T, Ranks>;
+  if (Plain) mask = nullptr, adds = false;
+  if (Floats) left.dtype = Dtype::f32, left.col_stride = 1;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
   const int column = blockIdx.x * kSlab + warp * kTileCols, mine = column + kVector * q;
   const int64_t begin = blockIdx.y * chunk, end = min(begin + chunk, left.rows);
-  const int period = int(left.cols), tiles = max(1, (r + Ranks - 1) / Ranks);
+  const int period = int(left.cols), tiles = Floats ? 1 : max(1, (r + Ranks - 1) / Ranks);
   const int64_t row_bytes = mask_bytes(N);
   T* split = shared_memory<T>();
 
@@ -37,7 +41,10 @@ __global__ void __launch_bounds__(kThreads, Ranks > 16 ? 1 : 2)
   Rows rows;
   RightFactor<T, Ranks> factor;
   rows.fetch(left.data, left.dtype, left.row_stride, left.col_stride, begin, end, 0, r, period);
-  factor.fetch(right, n_stride, r_stride, column, N, 0, r);
+  if (Floats && pairs)
+    factor.fetch_pairs(right, n_stride, column, N, r);
+  else
+    factor.fetch(right, n_stride, r_stride, column, N, 0, r);
   float sum[2][4][4] = {};
   // more ranks than a tile has: all of its tiles for 32 rows, then for the next
   int turn = 0, tile = 0;
@@ -66,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, Ranks > 16 ? 1 : 2)
 #pragma unroll
           for (int e = 0; e < 2; ++e)
             x[e] = kept >> (2 * j + e) & 1 ? scale * of[e] + start[2 * j + e] : 0;
-          return pack_sum<T>(before, x[0], x[1]);
+          return Plain ? pack<T>(x[0], x[1]) : pack_sum<T>(before, x[0], x[1]);
         };
         place = {pair(before.x, 0), pair(before.y, 1), pair(before.z, 2), pair(before.w, 3)};
       }
@@ -100,18 +107,28 @@ cudaError_t low_rank(const Matrix& left, const Matrix& right, const Matrix& bias
       return error;
   const int64_t r = factor.cols;
   const int64_t slabs = blocks_of(N, kSlab);
-  const Chunks chunks(M, kTileRows, slabs, 4 * kPrograms);
+  const Chunks chunks(M, kTileRows, slabs, 2 * kPrograms);
+  const bool floats = left.dtype == Dtype::f32 && left.col_stride == 1 && r <= kMostRanks;
+  const bool pairs = factor.col_stride == 1 && factor.row_stride % 2 == 0 && r % 2 == 0 &&
+                     reinterpret_cast<uintptr_t>(factor.data) % 4 == 0;
   return with_type(out.dtype, [&](auto type) {
     using T = decltype(type);
     const auto start = [&](auto kernel, size_t shared) {
       return launch(kernel, dim3(unsigned(slabs), chunks.count), kThreads, shared, stream, left,
                     static_cast<const T*>(factor.data), factor.row_stride, factor.col_stride,
-                    int(r), bias, c, mask, static_cast<T*>(out.data), out.row_stride, adds,
+                    int(r), pairs, bias, c, mask, static_cast<T*>(out.data), out.row_stride, adds,
                     chunks.rows, int(N));
     };
-    return r <= 16   ? start(low_rank_kernel<T, 16>, 2 * SplitRows<T, 16>::kBytes)
-           : r <= 32 ? start(low_rank_kernel<T, 32>, 2 * SplitRows<T, 32>::kBytes)
-                     : start(low_rank_kernel<T, 64>, 2 * SplitRows<T, 64>::kBytes);
+    const auto start_for = [&](auto ranks) {
+      constexpr int kRanks = decltype(ranks)::value;
+      return start(!floats        ? low_rank_kernel<T, kRanks, false, false>
+                   : mask || adds ? low_rank_kernel<T, kRanks, false, true>
+                                  : low_rank_kernel<T, kRanks, true, true>,
+                   2 * SplitRows<T, kRanks>::kBytes);
+    };
+    return r <= 16   ? start_for(std::integral_constant<int, 16>())
+           : r <= 32 ? start_for(std::integral_constant<int, 32>())
+                     : start_for(std::integral_constant<int, kMostRanks>());
   });
 }
 

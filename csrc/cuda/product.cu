@@ -189,8 +189,9 @@ cudaError_t product_in_parts(int64_t M, int64_t N, int64_t L, View left, View ri
   const cudaError_t error = start(M, N, L, chunks.rows, chunks.count, left, right, {}, {},
                                   contiguous(parts, N), M * N, stream);
   if (error) return error;
-  return sum_parts(parts, chunks.count, M * N, c,
-                   {out.data, out.dtype, M, N, out.row_stride, out.col_stride}, stream);
+  const Matrix all = {out.data, out.dtype, M, N, out.row_stride, out.col_stride};
+  const Sum sum = {parts, chunks.count, M * N, c, all};
+  return sum_parts(&sum, 1, stream);
 }
 
 cudaError_t draw_mask(int64_t M, int64_t K, uint32_t t, const int64_t* seed, uint8_t* mask,

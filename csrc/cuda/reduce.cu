@@ -8,36 +8,53 @@ namespace fastlora::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+// that are under way together
+constexpr int kLoads = 8;
 
-__global__ void sum_parts_kernel(const float* parts, int count, int64_t distance, int stacked,
-                                 Factor c, Matrix out) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= out.rows * out.cols) return;
-  const int64_t row = i / out.cols, col = i % out.cols;
+struct Sums {
+  Sum of[kMostSums];
+};
+
+__global__ void sum_parts_kernel(Sums sums) {
+  const Sum& of = sums.of[blockIdx.z];
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, cols = of.out.cols;
+  if (i >= of.out.rows * cols) return;
+  // where both have 32 bits, so has the division
+  const int64_t row = i / cols, col = i % cols;
   float sum = 0;
   // the last are the smallest
-  for (int side = stacked - 1; side >= 0; --side) {
-    const float* first = parts + (row * stacked + side) * out.cols + col;
-#pragma unroll 8
-    for (int part = 0; part < count; ++part) sum += first[part * distance];
+  for (int side = of.stacked - 1; side >= 0; --side) {
+    const float* next = of.parts + (row * of.stacked + side) * cols + col;
+    for (int part = 0; part < of.count; part += kLoads) {
+      float loaded[kLoads];
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j, next += of.distance)
+        loaded[j] = part + j < of.count ? *next : 0;
+#pragma unroll
+      for (int j = 0; j < kLoads; ++j)
+        if (part + j < of.count) sum += loaded[j];
+    }
   }
-  const int64_t place = row * out.row_stride + col * out.col_stride;
-  store(out.data, out.dtype, place, value(c) * sum);
+  const int64_t place = row * of.out.row_stride + col * of.out.col_stride;
+  store(of.out.data, of.out.dtype, place, value(of.c) * sum);
 }
 
 }  // namespace
 
-Chunks::Chunks(int64_t M, int step, int64_t others, int programs) {
+Chunks::Chunks(int64_t M, int step, int64_t others, int programs, int least) {
   const int64_t wanted = std::max<int64_t>(1, programs / std::max<int64_t>(1, others));
-  rows = step * std::max<int64_t>(1, blocks_of(blocks_of(M, step), wanted));
+  rows = step * std::max(blocks_of(least, step), blocks_of(blocks_of(M, step), wanted));
   count = int(blocks_of(M, rows));
 }
 
-cudaError_t sum_parts(const float* parts, int count, int64_t distance, Factor c, const Matrix& out,
-                      cudaStream_t stream, int stacked) {
-  const dim3 grid(unsigned(blocks_of(out.rows * out.cols, kThreads)));
-  return launch(sum_parts_kernel, grid, kThreads, 0, stream, parts, count, distance, stacked, c,
-                out);
+cudaError_t sum_parts(const Sum* sums, int count, cudaStream_t stream) {
+  Sums all{};
+  dim3 grid(0, 1, count);
+  for (int i = 0; i < count; ++i) {
+    all.of[i] = sums[i];
+    grid.x = std::max(grid.x, unsigned(blocks_of(sums[i].out.rows * sums[i].out.cols, kThreads)));
+  }
+  return launch(sum_parts_kernel, grid, kThreads, 0, stream, all);
 }
 
 }  // namespace fastlora::cuda

@@ -282,14 +282,14 @@ cudaError_t shrink_together(const Matrix& X, const Plan& plan, const ShrinkLayer
                               : start<T, 16, 3>(X, plan, jobs, stream);
   });
   if (error || plan.whole()) return error;
+  Sum sums[kMostLayers];
   for (int l = 0; l < plan.layers; ++l) {
     const int64_t M = X.rows, R = layers[l].A.rows;
-    const Matrix S = {layers[l].S, Dtype::f32, M, R, R, 1};
-    if (const cudaError_t error =
-            sum_parts(out[l], plan.parts, M * A[l].rows, layers[l].c, S, stream, plan.stacked))
-      return error;
+    sums[l] = {
+        out[l],      plan.parts, M * A[l].rows, layers[l].c, {layers[l].S, Dtype::f32, M, R, R, 1},
+        plan.stacked};
   }
-  return cudaSuccess;
+  return sum_parts(sums, plan.layers, stream);
 }
 
 // Any layer.

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -240,6 +241,32 @@ struct Exchanged {
 
 inline int lane() { return device.current % kWarp; }
 
+// How tensor cores add: all terms are aligned to the largest, cut off a few bits below what a
+// float32 of its size has, added up, and the sum is cut off to float32. A model of what was
+// measured (Fasi, Higham, Mikaitis and Pranesh 2021, "Numerical behavior of NVIDIA tensor cores";
+// of Hopper, Khattak and Mikaitis 2025, arXiv:2512.07004), which nobody promises.
+constexpr int kMantissaBits = 24, kExtraBits = 2;
+// of these, the last is what products are added to
+constexpr int kTerms = 17;
+
+inline float add_truncated(const double (&terms)[kTerms]) {
+  double largest = 0, plain = 0;
+  for (const double term : terms) {
+    largest = std::max(largest, std::fabs(term));
+    plain += term;
+  }
+  if (largest == 0 || !std::isfinite(plain)) return float(plain);
+  // in units of the last bit that is kept
+  const int unit = std::ilogb(largest) - (kMantissaBits - 1) - kExtraBits;
+  const double units = std::ldexp(1., -unit);
+  int64_t sum = 0;
+  for (const double term : terms) sum += int64_t(term * units);
+  const int64_t size = std::abs(sum);
+  int cut = 0;
+  while (size >> cut >> kMantissaBits) ++cut;
+  return float(std::ldexp(double(sum < 0 ? -(size >> cut) : size >> cut), unit + cut));
+}
+
 template <class T>
 Exchanged<T> exchange(const T& value) {
   static_assert(sizeof(T) <= sizeof(Slot::bytes[0]));
@@ -338,13 +365,15 @@ void multiply(float (&sum)[4], const uint32_t (&left)[4], const uint32_t (&right
   const auto all = emulation::exchange(mine);
   const int g = emulation::lane() / 4, q = emulation::lane() % 4;
   for (int i = 0; i < 4; ++i) {
-    double total = sum[i];
+    double terms[emulation::kTerms];
+    double* term = terms;
     // columns of the left operand that one thread has
     for (int of = 0; of < 4; ++of) {
       const float *l = all[4 * g + of].left, *r = all[4 * (2 * q + i % 2) + of].right;
-      for (int j = 0; j < 4; ++j) total += double(l[j % 2 + j / 2 * 4 + i / 2 * 2]) * r[j];
+      for (int j = 0; j < 4; ++j) *term++ = double(l[j % 2 + j / 2 * 4 + i / 2 * 2]) * r[j];
     }
-    sum[i] = float(total);
+    *term = sum[i];
+    sum[i] = emulation::add_truncated(terms);
   }
 }
 

@@ -459,7 +459,7 @@ void test_layers_of_one_input(Dtypes dtypes, int64_t M, int64_t K, const std::ve
   });
 }
 
-// Three of few ranks are one launch, and the sums of each one more.
+// Three of few ranks are one launch, and their sums one more.
 void test_launches_of_one_input() {
   what = "launches of one input";
   const int64_t M = 37, K = 136, R = 16;
@@ -474,7 +474,7 @@ void test_launches_of_one_input() {
   CHECK(fiber_device.launches - before == 1);
   before = fiber_device.launches;
   CHECK(!grad_shrink(X.view(), backward.data(), 3, X.view(), room.data(), nullptr));
-  CHECK(fiber_device.launches - before == 1 + 3);
+  CHECK(fiber_device.launches - before == 1 + 1);
 }
 
 void test_layers_of_one_input() {
@@ -605,7 +605,7 @@ void test_blocks() {
     };
     for (const int64_t r : ranks_for(dtypes)) run(40, one, r, kPadded);
     if (dtypes.X == Dtype::f16) continue;
-    for (const int64_t M : {0, 1, 32, 72}) run(M, groups, 8, kDense);
+    for (const int64_t M : {0, 1, 32, 170}) run(M, groups, 8, kDense);
     for (const Pattern* of : {&wide, &odd, &odd_groups, &alternating, &none})
       run(37, *of, 9, kDense);
     for (int layout = 0; layout < kLayouts; ++layout) run(24, groups, 4, layout);
@@ -642,7 +642,7 @@ void check_rounding(Grid& out, int64_t L, float factor, const Left& left, const 
       for (int64_t l = 0; l < L; ++l) {
         const double a = left(i, j, l), b = right(i, j, l);
         exact += a * b;
-        sum += float(a) * float(b);
+        sum = std::fma(float(a), float(b), sum);
       }
       errors.add(out.dtype, out.at(i, j), factor * exact, factor * sum);
     }
@@ -650,7 +650,8 @@ void check_rounding(Grid& out, int64_t L, float factor, const Left& left, const 
 }
 
 void test_rounding() {
-  const int64_t M = 160, K = 264, N = 264, r = 16;
+  // as many rows as make one chunk: the longest sums in tensor cores, against short ones
+  const int64_t M = 128, K = 520, N = 520, r = 16;
   const uint32_t t = 6554;
   const Bits bits(M, K, t);
   const Pattern whole({int(N)}, 1);

@@ -56,7 +56,8 @@ class Kernel:
         ranks: Ranks of a tile; 0 for kernels that use no tensor cores.
         layers: That share what it reads.
         flags: Its other template arguments: whether ``shrink`` draws a mask, ``grad_shrink`` writes
-            dX, and, the last of the gradients' kernels, whether float32 factors are split.
+            dX, and, the last of the gradients' kernels, whether float32 factors are split; of
+            ``low_rank``, that there is no mask, and that rows of float32 are multiplied.
         local: Bytes of local memory, spilled registers among it.
         code: Its instructions, and before each the label there, if any: (label, name, operands).
     """
@@ -78,14 +79,15 @@ class Kernel:
         return Counter(name.partition(".")[0] for _, name, _ in self.code)
 
     def main_loop(self):
-        """The instructions of the shortest loop that copies and multiplies."""
+        """The instructions of the shortest loop that multiplies, and copies if the kernel does."""
+        wanted = {"HMMA", "LDGSTS"} & self.counts().keys()
         places = {label: i for i, (label, _, _) in enumerate(self.code) if label}
         loops = []
         for end, (_, name, operands) in enumerate(self.code):
             target = re.search(r"\((\.L_\w+)\)", operands)
             begin = places.get(target[1], end) if name.startswith("BRA") and target else end
             names = {name.partition(".")[0] for _, name, _ in self.code[begin : end + 1]}
-            if {"HMMA", "LDGSTS"} <= names:
+            if wanted <= names:
                 loops.append(self.code[begin : end + 1])
         return min(loops, key=len)
 
@@ -215,14 +217,45 @@ def test_two_blocks_fit_on_a_multiprocessor(kernels):
     """As far as registers go; one of many ranks, of all layers together."""
     for kernel in kernels:
         for_two = {
-            "low_rank": 16,
-            "grad_shrink": 16 if kernel.flags[:1] == (True,) else 32,
+            "low_rank": 32 if kernel.flags[1:] == (True,) else 16,
+            "grad_shrink": 16 if any(kernel.flags) else 32,
             "grad_expand": 16 if kernel.flags == (True,) else 32,
         }
         if kernel.ranks:
             ranks = kernel.ranks * kernel.layers
             wanted = 2 if ranks <= for_two.get(kernel.name, 64) else 1
             assert kernel.blocks >= wanted, kernel
+
+
+# of the gradients' kernels and those that write Y and dX, by (ranks, layers)
+MOST_INSTRUCTIONS = {
+    ("low_rank", True, True): {(16, 1): 200, (32, 1): 265, (64, 1): 390},
+    ("low_rank", False, True): {(16, 1): 390, (32, 1): 460, (64, 1): 585},
+    ("grad_expand", False): {(16, 1): 400, (32, 1): 485},
+    ("grad_expand", True): {(16, 1): 400, (32, 1): 625},
+    ("grad_shrink", False, False): {(16, 1): 270, (32, 1): 350, (64, 1): 465},
+    ("grad_shrink", False, True): {(16, 1): 335, (32, 1): 460, (64, 1): 670},
+    ("grad_shrink", True, False): {
+        (16, 1): 660,
+        (16, 2): 990,
+        (16, 3): 1260,
+        (32, 1): 750,
+        (64, 1): 930,
+    },
+    ("grad_shrink", True, True): {(16, 1): 745, (16, 2): 1130, (16, 3): 1450, (32, 1): 905},
+}
+
+
+def test_main_loops_are_short(kernels):
+    """All instructions for a tile of 32 rows and 32 columns, of which each warp has its own."""
+    found = set()
+    for kernel in kernels:
+        of = (kernel.name, *kernel.flags)
+        if of in MOST_INSTRUCTIONS:
+            most = MOST_INSTRUCTIONS[of][kernel.ranks, kernel.layers]
+            assert len(kernel.main_loop()) <= most, (of, kernel.ranks, kernel.layers)
+            found.add(of)
+    assert found == MOST_INSTRUCTIONS.keys()
 
 
 def test_a_mask_costs_ten_instructions_an_element(kernels):

@@ -24,6 +24,20 @@ __device__ inline void left_of(uint32_t (&left)[4], uint4 upper, uint4 lower, in
   left[3] = step ? lower.w : lower.y;
 }
 
+// sum += the parts, the last of which are the smallest, times `right`. Tensor cores cut a sum off
+// each time, in one direction: over many rows that would be more than the last bits of float32. One
+// that `IsExact` is short, therefore, and then added as other numbers are, rounded.
+template <class T, bool IsExact, int Parts>
+__device__ void multiply_parts(float (&sum)[4], const uint32_t (&parts)[Parts][4],
+                               const uint32_t (&right)[2]) {
+  float fresh[4] = {};
+  float (&to)[4] = IsExact ? fresh : sum;
+#pragma unroll
+  for (int part = Parts - 1; part >= 0; --part) multiply<T>(to, parts[part], right);
+#pragma unroll
+  for (int e = 0; IsExact && e < 4; ++e) sum[e] += fresh[e];
+}
+
 // 32 rows of `Ranks` numbers, such as S, that all warps multiply with: each as the sum of `Parts`
 // numbers of 16 bits, in shared memory. Fetched by each thread in part, so that they can be on
 // their way.
@@ -102,6 +116,20 @@ struct RightFactor {
           }
           words[step][j][half] = pack(pair[0], pair[1]);
         }
+  }
+
+  // Where neighbouring ranks are neighbours and aligned to 4 bytes.
+  __device__ void fetch_pairs(const T* F, int64_t col_stride, int column, int columns, int ranks) {
+    const int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    const int first = column + g / 2 * 8 + g % 2;
+    const T* of = F + first * col_stride + 2 * q;
+#pragma unroll
+    for (int j = 0; j < 4; ++j, of += 2 * col_stride)
+#pragma unroll
+      for (int i = 0; i < Ranks / 8; ++i) {
+        const bool exists = first + 2 * j < columns && 8 * i + 2 * q < ranks;
+        words[i / 2][j][i % 2] = exists ? *reinterpret_cast<const uint32_t*>(of + 8 * i) : 0;
+      }
   }
 
   // sum += the first `parts` parts, at most two, of 16 rows times Fᵀ. Rows of 16 bits have one: the
