@@ -163,9 +163,9 @@ def compile_case(case: Case) -> list[Resources] | str:
         made = kernel.warmup(*args, grid=grid, **{"enable_fp_fusion": True, **meta})
         compiled.append(_resources(made, meta, case.architecture))
 
-    from fastlora.kernels import launch
+    from fastlora.kernels import launch, products
 
-    precision = "high" if "tf32" in case.dtype else "highest"
+    precision = "tf32" if "tf32" in case.dtype else "ieee"
     _pretend(case.architecture)
     launch.architecture.cache_clear()
     output = StringIO()
@@ -174,7 +174,7 @@ def compile_case(case: Case) -> list[Resources] | str:
             mock.patch.object(launch, "_start", compile_instead),
             mock.patch.object(launch, "_architecture", lambda device: case.architecture),
             mock.patch.object(torch.version, "hip", case.architecture[:3] == "gfx" or None),
-            mock.patch.object(torch, "get_float32_matmul_precision", lambda: precision),
+            mock.patch.object(products, "base_precision", lambda: precision),
             # a failing assembler prints its whole input
             redirect_stdout(output),
         ):

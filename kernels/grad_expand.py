@@ -44,10 +44,11 @@ def grad_expand_kernel(
     BLOCK_R: tl.constexpr,
 ):
     columns, features, inside, group, part = slab(
-        tl.program_id(0), SPANS, PERIOD, REPEATS, ALIGNED, BLOCK_N
+        tl.program_id(1), SPANS, PERIOD, REPEATS, ALIGNED, BLOCK_N
     )
-    ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    first = tl.program_id(1).to(tl.int64) * chunk
+    # tiles of ranks that share a slab come one after the other, for the L2 cache
+    ranks = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first = tl.program_id(2).to(tl.int64) * chunk
     dY += columns.to(tl.int64)[None, :] * stride_yn
     if dS is not None:
         at = features.to(tl.int64)[:, None] * stride_bn + ranks.to(tl.int64)[None, :] * stride_br
@@ -67,7 +68,7 @@ def grad_expand_kernel(
             s = tl.load(S + rows[:, None] * stride_sm, here & (ranks < r)[None, :], 0.0)
             acc = products.dot(tl.trans(dy), s, acc, PRECISION)
     if dB is not None:
-        at = (tl.program_id(1).to(tl.int64) * features_of_B + features[:, None]) * r
+        at = (tl.program_id(2).to(tl.int64) * features_of_B + features[:, None]) * r
         tl.store(dB + at + ranks[None, :], acc, inside[:, None] & (ranks < r)[None, :])
 
 
@@ -95,7 +96,7 @@ def grad_expand(
     dB_parts = dY.new_empty((count, n, r), dtype=wide) if need_dB else None
     launch(
         grad_expand_kernel,
-        (slabs, count, cdiv(r, BLOCK_R)),
+        (cdiv(r, BLOCK_R), slabs, count),
         dY.device,
         dY,
         S if need_dB else None,

@@ -34,10 +34,11 @@ def grad_shrink_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    columns = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    bytes = tl.program_id(0) * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
-    ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    first = tl.program_id(1).to(tl.int64) * chunk
+    columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    bytes = tl.program_id(1) * (BLOCK_K // 8) + tl.arange(0, BLOCK_K // 8)
+    # tiles of ranks that share a slab come one after the other, for the L2 cache
+    ranks = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first = tl.program_id(2).to(tl.int64) * chunk
     X += columns.to(tl.int64)[None, :] * stride_xk
     dS += ranks[None, :] * stride_sr
     acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
@@ -49,7 +50,7 @@ def grad_shrink_kernel(
             x = masks.keep(x, masks.load(mask, rows, bytes, M, row_bytes))
         ds = tl.load(dS + rows[:, None] * stride_sm, here & (ranks < R)[None, :], 0.0)
         acc = products.dot(tl.trans(x), ds, acc, PRECISION)
-    at = (tl.program_id(1).to(tl.int64) * R + ranks[None, :]) * K + columns[:, None]
+    at = (tl.program_id(2).to(tl.int64) * R + ranks[None, :]) * K + columns[:, None]
     tl.store(dA + at, acc, (columns < K)[:, None] & (ranks < R)[None, :])
 
 
@@ -63,7 +64,7 @@ def grad_shrink(dS: Tensor, X: Tensor, mask: Tensor | None, A: Tensor) -> Tensor
     parts = X.new_empty((count, R, K), dtype=torch.float32)
     launch(
         grad_shrink_kernel,
-        (slabs, count, cdiv(R, BLOCK_R)),
+        (cdiv(R, BLOCK_R), slabs, count),
         X.device,
         dS,
         X,

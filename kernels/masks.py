@@ -15,8 +15,9 @@ def philox(counter, seed):
     c2, c3 = tl.zeros_like(c0), tl.zeros_like(c0)
     k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
     for _ in tl.static_range(7):
-        high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
-        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
+        product0, product1 = c0.to(tl.uint64) * 0xD2511F53, c2.to(tl.uint64) * 0xCD9E8D57
+        high0, low0 = (product0 >> 32).to(tl.uint32), product0.to(tl.uint32)
+        high1, low1 = (product1 >> 32).to(tl.uint32), product1.to(tl.uint32)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0 += 0x9E3779B9
         k1 += 0xBB67AE85

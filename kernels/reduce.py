@@ -7,24 +7,39 @@ from torch import Tensor
 
 from fastlora.kernels.launch import cdiv, launch
 
-BLOCK = 1024
+# vectors of 16 bytes, and enough of them under way for the latency of the L2 cache
+BLOCK, UNROLLED = 512, tl.constexpr(4)
 
 
-@triton.jit(do_not_specialize=["n"])
-def sum_parts_kernel(parts, out, c, scale, n, columns, COUNTS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["n", "count"])
+def sum_parts_kernel(
+    parts,
+    out,
+    c,
+    scale,
+    n,
+    count,
+    WIDTH: tl.constexpr,
+    COUNTS: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    # a multiple of STEP, which the compiler sees without a kernel for each n
+    n = n.to(tl.int64) * STEP
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    if len(COUNTS) > 1:
-        group = at % columns // (columns // len(COUNTS))
-        count = tl.zeros((BLOCK,), tl.int32)
+    mine = tl.zeros((BLOCK,), tl.int32) + count
+    if len(COUNTS) > 0:
+        group = at % (WIDTH * len(COUNTS)) // WIDTH
         for g in tl.static_range(len(COUNTS)):
-            count = tl.where(group == g, COUNTS[g], count)
+            mine = tl.where(group == g, COUNTS[g], mine)
+        if WIDTH % 4 == 0:
+            mine = tl.max_constancy(mine, 4)
     total = tl.zeros((BLOCK,), tl.float32)
-    for part in range(tl.max(count, 0) if len(COUNTS) > 1 else COUNTS[0]):
-        inside = at < n
-        if len(COUNTS) > 1:
-            inside &= part < count
-        total += tl.load(parts + at, inside, 0.0)
-        parts += n
+    for first in range(0, count, UNROLLED):
+        for part in tl.static_range(UNROLLED):
+            inside = (at < n) & (first + part < mine)
+            total += tl.load(parts + part * n + at, inside, 0.0)
+        parts += UNROLLED * n
     if scale is not None:
         c *= tl.load(scale)
     tl.store(out + at, (total * c).to(out.dtype.element_ty), at < n)
@@ -44,8 +59,9 @@ def sum_parts(
     """
     out = parts.new_empty(parts.shape[1:], dtype=dtype)
     n = out.numel()
-    if counts is None or len(set(counts)) == 1:
-        counts = (len(parts),)
+    # how many parts there are depends on the tokens: a number, and no constant
+    groups = counts if counts and len(set(counts)) > 1 else ()
+    step = 16 if n % 16 == 0 else 1
     launch(
         sum_parts_kernel,
         (cdiv(n, BLOCK),),
@@ -54,9 +70,11 @@ def sum_parts(
         out,
         c,
         scale,
-        n,
-        out.shape[1],
-        COUNTS=counts,
+        n // step,
+        len(parts),
+        WIDTH=out.shape[1] // len(groups) if groups else 0,
+        COUNTS=groups,
+        STEP=step,
         BLOCK=BLOCK,
         num_warps=4,
     )

@@ -34,8 +34,10 @@ def shrink_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    ranks = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    # tiles of ranks that share rows come one after the other, for the L2 cache
+    tile_m, tile_r = tl.program_id(0) // tl.cdiv(R, BLOCK_R), tl.program_id(0) % tl.cdiv(R, BLOCK_R)
+    rows = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    ranks = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
     X += rows.to(tl.int64)[:, None] * stride_xm
     A += ranks.to(tl.int64)[None, :] * stride_ar
     if DROPOUT:
@@ -51,7 +53,7 @@ def shrink_kernel(
             bytes = k // 8 + tl.arange(0, BLOCK_K // 8)
             kept = masks.draw(rows, bytes, row_bytes, K, t, key)
             x = masks.keep(x, kept)
-            if tl.program_id(1) == 0:
+            if tile_r == 0:
                 at = mask + rows.to(tl.int64)[:, None] * row_bytes + bytes[None, :]
                 stored = (rows < M)[:, None] & (bytes < row_bytes)[None, :]
                 # byte by byte, as the threads have them: for wider stores they would draw anew
@@ -76,13 +78,16 @@ def shrink(
     mask = X.new_empty((M if t else 0, row_bytes), dtype=torch.uint8)
     best = config("shrink", X, A)
     BLOCK_R = best.ranks(R)
-    # few rows: smaller tiles, or much of the device would have none
-    BLOCK_M = best.BLOCK_M
-    while BLOCK_M > 16 and 2 * cdiv(M, BLOCK_M) <= best.programs:
-        BLOCK_M //= 2
+    precision = products.precision(X.dtype, A.dtype)
+    BLOCK_M, num_warps = best.BLOCK_M, best.num_warps
+    # few rows: smaller tiles, or much of the device would have none. With fewer warps, which would
+    # draw the same bits otherwise; not where each program splits A, which takes as long for a row
+    splits = precision in ("split3", "split tf32")
+    while BLOCK_M > 16 and 2 * cdiv(M, BLOCK_M) <= best.programs and not splits:
+        BLOCK_M, num_warps = BLOCK_M // 2, max(num_warps // 2, 1)
     launch(
         shrink_kernel,
-        (cdiv(M, BLOCK_M), cdiv(R, BLOCK_R)),
+        (cdiv(M, BLOCK_M) * cdiv(R, BLOCK_R),),
         X.device,
         X,
         A,
@@ -99,11 +104,11 @@ def shrink(
         *X.stride(),
         *A.stride(),
         DROPOUT=t > 0,
-        PRECISION=products.precision(X.dtype, A.dtype),
+        PRECISION=precision,
         BLOCK_M=BLOCK_M,
         BLOCK_K=best.BLOCK_K,
         BLOCK_R=BLOCK_R,
-        num_warps=best.num_warps,
+        num_warps=num_warps,
         num_stages=best.num_stages,
     )
     return S, mask

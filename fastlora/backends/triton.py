@@ -119,7 +119,7 @@ def _shrink(
 ) -> tuple[Tensor, Tensor]:
     from fastlora.kernels.shrink import shrink
 
-    return shrink(X, A, c, _float32(scale), t, seed)
+    return shrink(X, A, *_factor(c, scale, X.device), t, seed)
 
 
 def _expand(
@@ -152,7 +152,8 @@ def _grad_expand(
     from fastlora.kernels.grad_expand import grad_expand
 
     layout = _layout(tuple(splits), tuple(enabled), interleave)
-    dS, dB = grad_expand(dY, S, B, c, _float32(scale), layout, need_dS, need_dB)
+    factor = _factor(c, scale, dY.device)
+    dS, dB = grad_expand(dY, S, B, *factor, layout, need_dS, need_dB)
     empty = B.new_empty(0)
     return empty if dS is None else dS, empty if dB is None else dB
 
@@ -180,11 +181,18 @@ def _delta(
 ) -> Tensor:
     from fastlora.kernels.delta import delta
 
-    return delta(A, B, scaling, _float32(scale), _layout(tuple(splits), tuple(enabled), interleave))
+    layout = _layout(tuple(splits), tuple(enabled), interleave)
+    return delta(A, B, *_factor(scaling, scale, B.device), layout)
 
 
-def _float32(scale: Tensor | None) -> Tensor | None:
-    return None if scale is None else scale.to(torch.float32)
+def _factor(c: float, scale: Tensor | None, device: torch.device) -> tuple[float, Tensor | None]:
+    """The number, and the float32 tensor on ``device`` or None, that kernels multiply by."""
+    if scale is None:
+        return c, None
+    if scale.device != device:
+        # on the CPU, as torch.compile makes one of a number: no kernel can read it there
+        return c * scale.item(), None
+    return c, scale.to(torch.float32)
 
 
 @lru_cache

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import fastlora
 from fastlora import dropout, testing
 from fastlora.backends import triton
 from fastlora.blocks import Blocks
+
+from .test_numerics import plain_product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [
@@ -56,7 +57,7 @@ def test_no_less_accurate_than_the_composition(case, dtypes):
     again = testing.fused(inputs, "triton")
     assert all(torch.equal(again[name], t) for name, t in got.items()), "two runs differ"
     if blocks is THIRDS:
-        plain = F.linear(inputs.x, inputs.weight, inputs.bias)
+        plain = plain_product(inputs)
         assert torch.equal(got["y"][:, 28:56], plain[:, 28:56])
 
 
@@ -133,6 +134,29 @@ def test_what_is_not_finite_goes_where_the_reference_puts_it(name, value, dtypes
     expected = testing.fused(inputs, "reference")
     for output, got in testing.fused(inputs, "triton").items():
         assert torch.equal(got.isfinite(), expected[output].isfinite()), output
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_kernels_get_tensors_of_one_device(compiled, monkeypatch):
+    """A number under torch.compile is a tensor on the CPU, which a GPU's kernel cannot read."""
+    from fastlora.kernels import configs, launch
+
+    X, W, A, B = (torch.empty(s, device="meta") for s in ((5, 12), (8, 12), (2, 12), (8, 2)))
+    seed, layout = torch.empty(1, dtype=torch.int64, device="meta"), ([8], [True], 1)
+    monkeypatch.setattr(configs, "architecture", lambda device: launch.INTERPRETER)
+    launched = []
+
+    def check(kernel, grid, device, args, meta):
+        assert {t.device for t in args if isinstance(t, torch.Tensor)} == {X.device} == {device}
+        launched.append([c for c in args if isinstance(c, float)])
+
+    monkeypatch.setattr(launch, "_start", check)
+    scale = torch.full((), 0.5, dtype=torch.float64, device="cpu" if compiled else "meta")
+    Y, S, mask = triton._forward(X, W, None, A, B, 3.0, scale, 6554, seed, *layout)
+    triton._backward(Y, X, W, A, B, S, mask, 3.0, scale, *layout, True, True, True)
+    triton._delta(A, B, 3.0, scale, *layout)
+    factors = [c for found in launched for c in found if c != 1.0]
+    assert factors == [1.5 if compiled else 3.0] * 3
 
 
 def test_float64_is_refused_by_name():

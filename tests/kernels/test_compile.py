@@ -110,11 +110,12 @@ def test_two_programs_of_a_pass_fit_on_an_sm(compiled):
     architecture, kernels = compiled
     if architecture not in SHARED:
         pytest.skip("not held there")
-    for (stage, dtype, _, shape), kernel in kernels.items():
-        if stage in STREAMING and dtype == "bf16" and shape in ("even", "grouped"):
+    for (stage, dtype, r, shape), kernel in kernels.items():
+        if stage in STREAMING and "bf16" in dtype and shape in ("even", "grouped"):
             threads = 32 * kernel["launch"]["num_warps"]
-            assert 2 * kernel["registers"] * threads <= REGISTERS, (stage, shape)
-            assert 2 * (kernel["shared"] + 1024) <= SHARED[architecture], (stage, shape)
+            where = (stage, dtype, r, shape)
+            assert 2 * kernel["registers"] * threads <= REGISTERS, where
+            assert 2 * (kernel["shared"] + 1024) <= SHARED[architecture], where
 
 
 def test_dropout_costs_few_instructions_an_element(compiled):
