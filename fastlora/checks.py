@@ -5,7 +5,7 @@ Each check names the argument, what was got and what was expected, and runs befo
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import Any
@@ -150,8 +150,8 @@ def number(name: str, value: Any) -> float:
 
 def probability(name: str, p: Any) -> float:
     """``p`` as a number of Python's, in [0, 1]."""
-    if not isinstance(p, int | float):
-        if not isinstance(p, Real):
+    if isinstance(p, bool) or not isinstance(p, int | float):
+        if isinstance(p, bool) or not isinstance(p, Real):
             raise TypeError(f"{name}: got {p!r}, expected a probability in [0, 1]")
         p = float(p)
     if not 0.0 <= p <= 1.0:
@@ -167,6 +167,13 @@ def integer(name: str, value: Any) -> int:
     except TypeError:
         pass
     raise TypeError(f"{name}: got {value!r}, expected an int")
+
+
+def boolean(name: str, value: Any) -> bool:
+    """``value`` as a bool: NumPy's are taken, too."""
+    if type(value).__name__ not in ("bool", "bool_"):
+        raise TypeError(f"{name}: got {value!r}, expected True or False")
+    return bool(value)
 
 
 def rank(name: str, r: Any) -> int:
@@ -201,6 +208,13 @@ def seed(name: str, seed: Tensor | None, device: torch.device) -> None:
     same_device("x", device, **{name: seed})
 
 
+def enabled(enable_lora: Any) -> tuple[bool, ...]:
+    """``enable_lora`` as a tuple of bools."""
+    if isinstance(enable_lora, str) or not isinstance(enable_lora, Iterable):
+        raise TypeError(f"enable_lora: got {enable_lora!r}, expected a list of one bool a block")
+    return tuple(boolean(f"enable_lora[{i}]", on) for i, on in enumerate(enable_lora))
+
+
 def blocks(
     out_features: int,
     enable_lora: Sequence[bool],
@@ -211,22 +225,26 @@ def blocks(
 
     Raises:
         ValueError: the blocks do not fill ``out_features``, or do not divide.
+        TypeError: ``enable_lora`` holds anything but bools, or a size is not an int.
     """
-    enabled = tuple(bool(on) for on in enable_lora)
-    if not enabled:
+    adapted = enabled(enable_lora)
+    interleave = integer("interleave", interleave)
+    if not adapted:
         raise ValueError("enable_lora: got an empty list, expected one bool a block")
     if out_splits is None:
-        if out_features % len(enabled):
+        if out_features % len(adapted):
             raise ValueError(
-                f"enable_lora: got {len(enabled)} blocks for out_features={out_features}, "
+                f"enable_lora: got {len(adapted)} blocks for out_features={out_features}, "
                 "expected a number that divides it (or pass out_splits for uneven blocks)"
             )
-        splits = (out_features // len(enabled),) * len(enabled)
+        splits = (out_features // len(adapted),) * len(adapted)
     else:
-        splits = tuple(int(n) for n in out_splits)
-    if len(splits) != len(enabled):
+        if isinstance(out_splits, str) or not isinstance(out_splits, Iterable):
+            raise TypeError(f"out_splits: got {out_splits!r}, expected a list of sizes")
+        splits = tuple(integer(f"out_splits[{i}]", n) for i, n in enumerate(out_splits))
+    if len(splits) != len(adapted):
         raise ValueError(
-            f"out_splits: got {len(splits)} blocks, expected {len(enabled)}, as in enable_lora"
+            f"out_splits: got {len(splits)} blocks, expected {len(adapted)}, as in enable_lora"
         )
     if min(splits) <= 0 or sum(splits) != out_features:
         raise ValueError(
@@ -238,7 +256,18 @@ def blocks(
             f"interleave: got {interleave}, expected a positive number that divides every block "
             f"of {list(splits)}"
         )
-    return Blocks(splits, enabled, interleave)
+    return Blocks(splits, adapted, interleave)
+
+
+def block_factors(
+    lora_A: Tensor, lora_B: Tensor, layout: Blocks, K: int, A: str = "lora_A", B: str = "lora_B"
+) -> None:
+    """The factors of a linear layer, named ``A`` and ``B``, have the shapes of its blocks."""
+    if lora_B.dim() != 2:
+        raise ValueError(f"{B}: got shape {_shape(lora_B)}, expected (out_features, r)")
+    n, r = layout.adapted_features, lora_B.shape[1]
+    shape(B, lora_B, (n, r), f"out_features {n} of the adapted blocks")
+    shape(A, lora_A, (layout.count * r, K), f"r={r} of {B}, in_features={K}")
 
 
 def linear(
@@ -271,15 +300,11 @@ def linear(
         raise ValueError(
             f"{W}: got {N} output features, expected {layout.out_features}, the blocks' sum"
         )
-    if lora_B.dim() != 2:
-        raise ValueError(f"{B}: got shape {_shape(lora_B)}, expected (out_features, r)")
-    n, r = layout.adapted_features, lora_B.shape[1]
-    shape(B, lora_B, (n, r), f"out_features {n} of the adapted blocks")
-    shape(A, lora_A, (layout.count * r, K), f"r={r} of {B}, in_features={K}")
+    block_factors(lora_A, lora_B, layout, K, A, B)
     if bias is not None:
         shape(b, bias, (N,), f"out_features of {W} {(N, K)}")
     if lora_bias is not None:
-        shape(lora_b, lora_bias, (n,), f"out_features of {B}")
+        shape(lora_b, lora_bias, (layout.adapted_features,), f"out_features of {B}")
     same_device("x", x.device, **base, **factors)
     if under_autocast(x.device):
         return

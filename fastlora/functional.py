@@ -570,6 +570,9 @@ def dropout_factors(
 ) -> tuple[float | Tensor, int]:
     """``c = scaling / (1 - p)`` and the threshold of the mask, both for the exact p."""
     t = dropout.threshold(p) if training else 0
+    if t and isinstance(scaling, Tensor):
+        # not rounded to the tensor's own dtype, which may be short
+        scaling = scaling.float() if scaling.device.type == "mps" else scaling.double()
     return scaling * dropout.inverse_keep(t), t
 
 

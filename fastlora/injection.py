@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -82,7 +82,7 @@ def inject(
     (:func:`fastlora.mark_only_lora_as_trainable` freezes it).
 
     Args:
-        model: Any module, changed in place.
+        model: Any module that holds others, changed in place.
         target_modules: Names, each of which selects the modules it is or that end in ``.name``; or
             one regular expression for whole names; or "all-linear", every linear layer but the
             output head (``model.get_output_embeddings()``, where there is one).
@@ -107,15 +107,15 @@ def inject(
         What was replaced and what was not, and why.
 
     Raises:
-        ValueError: a target that selects nothing or nothing that can be replaced, or a wrong
-            option; the model is as it was.
+        ValueError: a target, exclusion or pattern that matches nothing, targets that cannot be
+            replaced, or a wrong option; the model is as it was.
         TypeError: an option of a wrong type; the model is as it was.
     """
     for name, rank in {"r": r, **(rank_pattern or {})}.items():
         checks.rank(name, rank)
         if rank == 0:
             raise ValueError(f"{name}: got rank 0, expected 1 or more")
-    if enable_lora is not None and not any(enable_lora):
+    if enable_lora is not None and not any(checks.enabled(enable_lora)):
         raise ValueError(f"enable_lora: got {enable_lora}, expected a block to adapt")
     ranks = _patterns("rank_pattern", rank_pattern)
     alphas = _patterns("alpha_pattern", alpha_pattern)
@@ -145,7 +145,14 @@ def inject(
         nn.Conv3d: partial(Conv3d.like, **conv),
     }
 
+    if type(model) in _REPLACEABLE or is_hf_conv1d(model):
+        raise ValueError(
+            f"model: got a {type(model).__name__} itself, which cannot be replaced in place; use "
+            "from_linear, from_embedding or from_conv of the LoRA layer"
+        )
     chosen = _choose(model, target_modules, exclude_modules)
+    _check_used("rank_pattern", rank_pattern, ranks, chosen)
+    _check_used("alpha_pattern", alpha_pattern, alphas, chosen)
     skipped = {name: why for name, module in chosen.items() if (why := _why_not(module))}
     if len(skipped) == len(chosen):
         reasons = "; ".join(f"{name}: {why}" for name, why in list(skipped.items())[:3])
@@ -194,6 +201,7 @@ def _choose(
     inside = tuple(f"{name}." for name, m in modules.items() if isinstance(m, LoRALayer))
     modules = {name: m for name, m in modules.items() if not name.startswith(inside)}
     exclude = _matcher("exclude_modules", excluded)
+    _check_known("exclude_modules", excluded, modules)
     if targets == ALL_LINEAR:
         get_head = getattr(model, "get_output_embeddings", None)
         head = get_head() if callable(get_head) else None
@@ -207,20 +215,38 @@ def _choose(
                 f"target_modules: got {ALL_LINEAR!r}, but the model has no linear layer"
             )
         return {name: m for name, m in linear.items() if not exclude(name)}
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    if not wanted:
+    if not isinstance(targets, str) and not targets:
         raise ValueError("target_modules: got an empty list, expected at least one name")
-    for target in wanted:
-        match = _matcher("target_modules", target if isinstance(targets, str) else [target])
-        if not any(match(name) for name in modules):
-            leaves = sorted({name.rpartition(".")[2] for name in modules})
+    match = _matcher("target_modules", targets)
+    _check_known("target_modules", targets, modules)
+    return {name: m for name, m in modules.items() if match(name) and not exclude(name)}
+
+
+def _check_known(argument: str, targets: str | Sequence[str], names: Iterable[str]) -> None:
+    """Raises ValueError where a target matches none of the names."""
+    for target in [targets] if isinstance(targets, str) else targets:
+        match = _matcher(argument, target if isinstance(targets, str) else [target])
+        if not any(map(match, names)):
+            leaves = sorted({name.rpartition(".")[2] for name in names})
             close = difflib.get_close_matches(target.rpartition(".")[2], leaves) or leaves[:8]
             raise ValueError(
-                f"target_modules: got {target!r}, which no module of the model matches; "
+                f"{argument}: got {target!r}, which no module of the model matches; "
                 f"names that it has: {', '.join(close)}"
             )
-    match = _matcher("target_modules", targets)
-    return {name: m for name, m in modules.items() if match(name) and not exclude(name)}
+
+
+def _check_used(
+    argument: str,
+    given: Mapping[str, Any] | None,
+    patterns: Iterable[re.Pattern[str]],
+    names: Iterable[str],
+) -> None:
+    """Raises ValueError where a pattern, which is there as it was given too, matches no name."""
+    for text, pattern in zip(given or {}, patterns, strict=True):
+        if not any(map(pattern.fullmatch, names)):
+            raise ValueError(
+                f"{argument}: got {text!r}, which matches none of the modules selected"
+            )
 
 
 def _matcher(argument: str, targets: str | Sequence[str]) -> Callable[[str], bool]:

@@ -38,12 +38,23 @@ class Term:
         left: (n, r), where n is a multiple of ``len(weight)`` if ``divisible``.
         right: (r, k).
         divisible: Whether rows of ``left`` are rows of ``weight``; if not, the part is one block.
+
+    Raises:
+        ValueError: the factors do not fit each other, or the weight.
     """
 
     weight: Tensor
     left: Tensor
     right: Tensor
     divisible: bool = True
+
+    def __post_init__(self) -> None:
+        (n, r), (rank, k) = self.left.shape, self.right.shape
+        if r != rank or n * k != self.weight.numel():
+            raise ValueError(
+                f"lora factors: got a product of shapes {(n, r)} and {(rank, k)}, expected one of "
+                f"{self.weight.numel()} elements, those of weight {tuple(self.weight.shape)}"
+            )
 
     def blocks(self) -> Iterator[tuple[Tensor, slice]]:
         """Blocks of rows of the weight, and the rows of ``left`` that make their delta."""
@@ -175,6 +186,14 @@ class MergeRecord:
             if before is not block:
                 block.copy_(before)
 
+    @torch.no_grad()
+    def is_held_by(self, terms: Sequence[Term]) -> bool:
+        """Whether the weight of these terms is, as a whole, what was merged."""
+        try:
+            return all(self._holders(terms))
+        except MergeError:
+            return False
+
     def unmerged_blocks(self, terms: Sequence[Term]) -> Iterator[tuple["_Place", Tensor]]:
         """Each block, and its values before; raises as :meth:`unmerge`, before the first."""
         for i, (place, holder) in enumerate(zip(_blocks(terms), self._holders(terms), strict=True)):
@@ -202,8 +221,8 @@ class MergeRecord:
         if i >= len(self._entries) and self._old is None:
             return None
         raise MergeError(
-            "weight: was edited while merged, so what it held before cannot be restored; unmerge() "
-            "before editing it, or load a state_dict with this weight"
+            "weight: was edited while merged, or replaced, so what it held before cannot be "
+            "restored; unmerge() before that, or load a state_dict with this weight"
         )
 
 

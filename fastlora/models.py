@@ -2,7 +2,7 @@
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -15,10 +15,21 @@ from fastlora.layers.linear import BlockLinear
 
 BIAS = ("none", "all", "lora_only")
 
+# modules around others, whose name torch leaves out of a state_dict
+_WRAPPERS = ("_checkpoint_wrapped_module",)
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """``(name, layer)`` of every layer that has factors."""
-    for name, module in model.named_modules():
+
+def saved_modules(
+    model: nn.Module, remove_duplicate: bool = True
+) -> Iterator[tuple[str, nn.Module]]:
+    """``model.named_modules()``, but under the names that ``state_dict()`` has for them."""
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
+        yield ".".join(part for part in name.split(".") if part not in _WRAPPERS), module
+
+
+def lora_layers(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, LoRALayer]]:
+    """``(name, layer)`` of every layer that has factors, named as in ``state_dict()``."""
+    for name, module in saved_modules(model, remove_duplicate):
         if isinstance(module, LoRALayer) and module.adapted:
             yield name, module
 
@@ -27,15 +38,24 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     """Makes the factors trainable, and nothing else but the biases asked for.
 
     Args:
-        model: Any module.
+        model: Any module. Its factors are all parameters that are named ``lora_...``, as for
+            loralib: also those of other libraries' layers.
         bias: "none"; "all": every bias of the model; "lora_only": those of the LoRA layers.
 
     Raises:
         ValueError: another ``bias``; nothing was changed.
     """
-    wanted = _adapter_names(model, bias)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        parameter.requires_grad = name in wanted
+    wanted = _adapter(model, bias)
+    if not _adapter(model, "none"):
+        warnings.warn(
+            "mark_only_lora_as_trainable: got a model without factors, expected LoRA layers, as "
+            "inject() makes them",
+            stacklevel=2,
+        )
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    for parameter in wanted.values():
+        parameter.requires_grad = True
     flag_shared_weights(model)
 
 
@@ -44,17 +64,15 @@ def lora_state_dict(model: nn.Module, bias: str = "none") -> dict[str, Tensor]:
 
     Args:
         model: Any module.
-        bias: As for :func:`mark_only_lora_as_trainable`.
+        bias: As for :func:`mark_only_lora_as_trainable`, like what counts as a factor.
 
     Returns:
-        The model's own tensors, detached, under loralib's keys.
+        The model's own tensors, detached, under the keys of loralib and of ``state_dict()``.
 
     Raises:
         ValueError: another ``bias``.
     """
-    wanted = _adapter_names(model, bias)
-    parameters = model.named_parameters(remove_duplicate=False)
-    return {name: p.detach() for name, p in parameters if name in wanted}
+    return {name: p.detach() for name, p in _adapter(model, bias).items()}
 
 
 @contextmanager
@@ -86,7 +104,8 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state_dict of the model as if it had no factors: their updates are in the weights.
 
     For a server, or a model of plain layers; the model itself is not touched, merged or not. Where
-    the weight of a LoRA layer is that of another module too, the two are not the same any more.
+    the weight of a LoRA layer is that of another module too, the two are not the same any more, and
+    a warning names them.
 
     Returns:
         New tensors for the weights of LoRA layers, and for biases that ``lora_bias`` is added to;
@@ -96,10 +115,14 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
         MergeError: a layer's factors hold NaN or Inf, or overflow.
         ValueError: a weight is distributed, or has no data.
     """
+    for name, others in _shared_weights(model).items():
+        warnings.warn(
+            f"{name}: its weight, which is also {others}, holds the update here, and differs from "
+            "that; a model in which the two are tied cannot hold both",
+            stacklevel=2,
+        )
     state: dict[str, Tensor] = dict(model.state_dict())
-    for name, layer in model.named_modules(remove_duplicate=False):
-        if not (isinstance(layer, LoRALayer) and layer.adapted):
-            continue
+    for name, layer in lora_layers(model, remove_duplicate=False):
         prefix = f"{name}." if name else ""
         for leaf, t in layer.merged_parameters().items():
             state[prefix + leaf] = t
@@ -117,7 +140,7 @@ def switch(model: nn.Module, adapter: Mapping[str, Tensor], scaling: float | Non
         scaling: Scaling of the new adapter in every layer; None keeps each layer's own.
 
     Raises:
-        KeyError: factors of a layer are missing, or there is no such layer.
+        KeyError: factors of a layer are missing, or there is no such layer, of fastlora's.
         ValueError: a factor's shape is wrong.
         MergeError: NaN or Inf in the factors, or overflow.
 
@@ -130,7 +153,7 @@ def switch(model: nn.Module, adapter: Mapping[str, Tensor], scaling: float | Non
         per_layer[name][leaf] = factor
     if unknown := sorted(per_layer.keys() - layers.keys()):
         raise KeyError(
-            f"adapter: got factors for {unknown[0]!r}, which is no LoRA layer of this model"
+            f"adapter: got factors for {unknown[0]!r}, which is no fastlora layer of this model"
         )
     for name, layer in layers.items():
         try:
@@ -159,24 +182,42 @@ def flag_shared_weights(model: nn.Module, warn: bool = True) -> list[str]:
     Returns:
         The names of these layers.
     """
-    holders: dict[int, list[str]] = defaultdict(list)
-    for name, module in model.named_modules():
-        for leaf, parameter in module.named_parameters(recurse=False):
-            holders[id(parameter)].append(f"{name}.{leaf}" if name else leaf)
-    shared = []
+    shared = _shared_weights(model)
     for name, layer in lora_layers(model):
-        names = holders[id(layer.weight)]
-        if warn and len(names) > 1 and not layer.weight_is_shared:
-            others = ", ".join(n for n in names if n != f"{name}.weight")
+        if warn and name in shared and not layer.weight_is_shared:
             warnings.warn(
-                f"{name}: its weight is also {others}; the layer will not be merged, because that "
-                "would change the other module's output",
+                f"{name}: its weight is also {shared[name]}; the layer will not be merged, because "
+                "that would change the other module's output",
                 stacklevel=3,
             )
-        layer.weight_is_shared = len(names) > 1
-        if layer.weight_is_shared:
-            shared.append(name)
+        layer.weight_is_shared = name in shared
+    return list(shared)
+
+
+def _shared_weights(model: nn.Module) -> dict[str, str]:
+    """Of each LoRA layer whose weight lies where other parameters do, their names."""
+    holders: dict[Hashable, list[tuple[str, int, int]]] = defaultdict(list)
+    for name, module in saved_modules(model):
+        for leaf, parameter in module.named_parameters(recurse=False):
+            memory, first, end = _place(parameter)
+            holders[memory].append((f"{name}.{leaf}" if name else leaf, first, end))
+    shared = {}
+    for name, layer in lora_layers(model):
+        own = f"{name}.weight" if name else "weight"
+        memory, first, end = _place(layer.weight)
+        names = [n for n, start, stop in holders[memory] if start < end and first < stop]
+        if others := [n for n in names if n != own]:
+            shared[name] = ", ".join(others)
     return shared
+
+
+def _place(t: Tensor) -> tuple[Hashable, int, int]:
+    """The memory that a parameter lies in, and from where to where; else the parameter itself."""
+    if t.is_meta or type(t.data) is not Tensor or not t.numel():
+        return id(t), 0, 1
+    last = sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+    first, end = t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
+    return (t.device, t.untyped_storage().data_ptr()), first, end
 
 
 def explain(layer: LoRALayer, x: Tensor | None = None) -> str:
@@ -191,7 +232,7 @@ def explain(layer: LoRALayer, x: Tensor | None = None) -> str:
     lines = [f"{type(layer).__name__}({layer.extra_repr()})"]
     if not layer.adapted:
         lines.append("path: the plain layer (no factors)")
-    elif layer.merged:
+    elif layer.merged and layer._holds_update():
         lines.append(
             f"path: the plain layer (merged; {layer.merge_nbytes / layer.weight.numel():.2f} bytes "
             "a weight are kept to undo that)"
@@ -232,20 +273,22 @@ def _case(layer: BlockLinear, x: Tensor | None, dtype: torch.dtype, dropout: boo
     return Case(M, layer.in_features, layer.out_features, layer.r, dtype, factors, dropout)
 
 
-def _adapter_names(model: nn.Module, bias: str) -> set[str]:
-    """Names of the factors, and of the biases asked for."""
+def _adapter(model: nn.Module, bias: str) -> dict[str, nn.Parameter]:
+    """The factors, and the biases asked for, by the names that ``state_dict()`` has for them."""
     if bias not in BIAS:
         raise ValueError(f"bias: got {bias!r}, expected one of {', '.join(map(repr, BIAS))}")
-    names: set[str] = set()
-    for name, module in model.named_modules(remove_duplicate=False):
-        prefix = f"{name}." if name else ""
-        adapted = isinstance(module, LoRALayer) and module.adapted
-        if adapted:
-            names.update(prefix + leaf for leaf in module.lora_parameters())
+    found: dict[str, nn.Parameter] = {}
+    for name, module in saved_modules(model, remove_duplicate=False):
+        own = {n: p for n, p in module._parameters.items() if p is not None}
+        # what a parametrized factor is computed from
+        inside = "parametrizations.lora_" in name
+        factors = {leaf for leaf in own if inside or leaf.startswith("lora_")}
+        wanted = set(factors)
+        adapted = factors or (isinstance(module, LoRALayer) and module.adapted)
         if bias == "all" or (bias == "lora_only" and adapted):
-            own = module.named_parameters(recurse=False)
-            names.update(prefix + leaf for leaf, _ in own if _is_bias(leaf))
-    return names
+            wanted.update(filter(_is_bias, own))
+        found.update((f"{name}.{n}" if name else n, p) for n, p in own.items() if n in wanted)
+    return found
 
 
 def _is_bias(leaf: str) -> bool:

@@ -431,3 +431,16 @@ def test_the_output_is_no_view(shape):
     y += 1
     y.sum().backward()
     assert x.grad.shape == shape
+
+
+@pytest.mark.parametrize(
+    ("dtype", "compiled"), [(BF16, False), (FP16, False), (FP32, False), (FP32, True)]
+)
+def test_a_tensor_as_scaling_is_not_rounded_with_dropout(dtype, compiled, path):
+    wide = FP64 if path == "auto" else FP32
+    x, A, B = (torch.ones(size, dtype=wide) for size in ((64, 32), (1, 32), (8, 1)))
+    W, options = torch.zeros(8, 32, dtype=wide), {"p": 0.05, "seed": torch.tensor([5])}
+    expected = lora_linear(x, W, A, B, scaling=1.5, **options)
+    function = torch.compile(lora_linear, backend="aot_eager") if compiled else lora_linear
+    got = function(x, W, A, B, scaling=torch.tensor(1.5, dtype=dtype), **options)
+    assert torch.equal(got, expected)

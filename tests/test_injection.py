@@ -233,6 +233,10 @@ def test_what_cannot_be_replaced_is_reported():
         ({"target_modules": "(q_proj"}, "expected a regular expression"),
         ({"target_modules": []}, "empty list"),
         ({"target_modules": ["norm"]}, "nothing that can be replaced.*LayerNorm"),
+        ({"exclude_modules": ["k_prj"]}, "exclude_modules: got 'k_prj', which no module.*k_proj"),
+        ({"exclude_modules": "k_prj"}, "exclude_modules: got 'k_prj', which no module"),
+        ({"rank_pattern": {"q_proj": 2, "k_proj": 4}}, "rank_pattern: got 'k_proj', which matches"),
+        ({"alpha_pattern": {"q_prj": 4}}, "alpha_pattern: got 'q_prj', which matches none"),
         ({"r": 0}, "r: got rank 0"),
         ({"r": -1}, "r: got -1"),
         ({"rank_pattern": {"q_proj": 0}}, "q_proj: got rank 0"),
@@ -269,3 +273,10 @@ def test_mode_and_device_follow_the_replaced_module():
         empty = Net()
     fastlora.inject(empty, ["q_proj"], r=2)
     assert empty.layers[0].q_proj.lora_A.is_meta
+
+
+def test_a_bare_layer_cannot_be_replaced_in_place():
+    for module in (nn.Linear(4, 4), nn.Embedding(4, 4), nn.Conv1d(4, 4, 1)):
+        name = type(module).__name__
+        with pytest.raises(ValueError, match=f"model: got a {name} itself.*use from_linear"):
+            fastlora.inject(module, "all-linear")

@@ -1,10 +1,13 @@
 import contextlib
+import copy
 import math
+import pickle
 import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn.utils import parametrizations, prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -697,3 +700,220 @@ def test_merged_state_dict_has_the_bias_of_the_factors():
         plain.load_state_dict(state)
         torch.testing.assert_close(plain(x), layer(x))
         torch.testing.assert_close(plain(x), layer.eval()(x))
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_merged_state_dict_names_weights_that_are_shared():
+    net = nn.ModuleDict({"emb": nn.Embedding(10, 8), "head": nn.Linear(8, 10, bias=False)})
+    net["head"].weight = net["emb"].weight
+    with pytest.warns(UserWarning, match="its weight is also"):
+        fastlora.inject(net, ["emb"], r=2, init_lora_weights=False)
+    with pytest.warns(UserWarning, match=r"emb: its weight, which is also head\.weight, holds"):
+        state = fastlora.merged_state_dict(net)
+    assert not torch.equal(state["emb.weight"], state["head.weight"])
+
+
+# ---- what is replaced while it is merged
+
+
+def evaluated():
+    """A merged layer, an input, what comes out, and W0."""
+    torch.manual_seed(0)
+    layer, x = (
+        fastlora.Linear(8, 6, r=2, init_lora_weights=False).double(),
+        torch.randn(3, 8).double(),
+    )
+    expected, base = layer(x).detach(), layer.weight.detach().clone()
+    return layer.eval(), x, expected, base
+
+
+def assign(layer, weight):
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def assign_data(layer, weight):
+    layer.weight.data = weight
+
+
+told = r"its weight is not the one that was merged, and is taken for the base"
+
+
+@pytest.mark.parametrize("put", [assign, assign_data])
+def test_a_weight_that_was_replaced_is_the_base(put):
+    layer, x, expected, base = evaluated()
+    put(layer, layer.state_dict()["weight"])
+    with pytest.warns(UserWarning, match=told):
+        torch.testing.assert_close(layer(x), expected)
+    assert "path: the plain layer" not in fastlora.explain(layer, x)
+    with warnings.catch_warnings():
+        # once a layer
+        warnings.simplefilter("error")
+        torch.testing.assert_close(layer(x), expected)
+        assert torch.equal(layer.state_dict()["weight"], base)
+        merged = fastlora.merged_state_dict(layer)["weight"]
+        # a copy does not forget
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            torch.testing.assert_close(other(x), expected)
+        layer.eval()
+        assert torch.equal(layer.weight, merged)
+        torch.testing.assert_close(layer(x), expected)
+        layer.train()
+        assert torch.equal(layer.weight, base) and not layer.merged
+        torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_weight_that_is_replaced_for_a_call():
+    layer, x, expected, base = evaluated()
+    with pytest.warns(UserWarning, match=told):
+        torch.testing.assert_close(functional_call(layer, layer.state_dict(), (x,)), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for state in (
+            layer.state_dict(),
+            dict(layer.named_parameters()),
+            {name: p.clone() for name, p in layer.named_parameters()},
+        ):
+            torch.testing.assert_close(functional_call(layer, state, (x,)), expected)
+            torch.testing.assert_close(layer(x), expected)
+    layer.train()
+    assert torch.equal(layer.weight, base)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_merged_weight_that_was_moved_is_merged():
+    layer, x, expected, base = evaluated()
+    layer.weight.data = layer.weight.data.clone()
+    torch.testing.assert_close(layer(x), expected)
+    layer.share_memory()
+    torch.testing.assert_close(layer(x), expected)
+    layer.load_state_dict(layer.state_dict(), assign=True)
+    for other in (copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other.merged and other._merged_memory
+        torch.testing.assert_close(other(x), expected)
+    layer.train()
+    assert torch.equal(layer.weight, base)
+
+
+def test_a_foreign_weight_is_never_written():
+    layer, x, _, _ = evaluated()
+    foreign = torch.randn(6, 8).double()
+    expected = x @ (foreign + layer.delta_weight()).T + layer.bias
+    layer.weight.data = foreign.clone()
+    with pytest.warns(UserWarning, match=told):
+        torch.testing.assert_close(layer(x), expected)
+    for action in (layer.train, layer.eval, layer.merge, layer.state_dict, layer.float):
+        with pytest.raises(MergeError, match="edited while merged, or replaced"):
+            action()
+        assert torch.equal(layer.weight, foreign)
+    state = {**dict(layer.named_parameters()), "weight": foreign}
+    layer.load_state_dict(state)
+    torch.testing.assert_close(layer(x), expected)
+    layer.train()
+    assert torch.equal(layer.weight, foreign)
+
+
+@pytest.mark.filterwarnings("ignore:Linear. its weight is not the one")
+def test_offloaded_weights():
+    """As accelerate does it: parameters are on the meta device but for their module's forward."""
+    layer, x, expected, base = evaluated()
+    offloaded = {name: t.clone() for name, t in layer.state_dict().items()}
+
+    def put(state):
+        for name, t in state.items():
+            setattr(layer, name, nn.Parameter(t, requires_grad=False))
+
+    empty = {name: t.to("meta") for name, t in offloaded.items()}
+    for _ in range(5):
+        put(empty)
+        assert layer.state_dict()["weight"].is_meta
+        # memory of just that size is free now, and may be taken again
+        put({name: t.clone() for name, t in offloaded.items()})
+        torch.testing.assert_close(layer(x), expected)
+    put(empty)
+    with pytest.raises(MergeError, match="was merged before its weight is a meta tensor"):
+        layer.train()
+    put(offloaded)
+    layer.train()
+    assert torch.equal(layer.weight, base)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_what_has_no_memory_is_taken_as_before():
+    layer, x, expected, _ = evaluated()
+    parameters = dict(layer.named_parameters())
+
+    def loss(weight):
+        return functional_call(layer, {**parameters, "weight": weight}, (x,)).sum()
+
+    grad = torch.func.grad(loss)(parameters["weight"])
+    torch.testing.assert_close(grad, x.sum(0).expand(6, 8))
+    two = torch.stack([parameters["weight"]] * 2).detach()
+    rows = torch.vmap(lambda w: functional_call(layer, {**parameters, "weight": w}, (x,)))(two)
+    torch.testing.assert_close(rows[1], expected)
+    stacked, _ = torch.func.stack_module_state([layer, layer])
+    rows = torch.vmap(lambda state: functional_call(layer, state, (x,)))(stacked)
+    torch.testing.assert_close(rows[1], expected)
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = {name: mode.from_tensor(p) for name, p in parameters.items()}
+        assert functional_call(layer, fake, (mode.from_tensor(x),)).shape == (3, 6)
+
+
+@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
+def test_factors_replaced_through_data_are_noticed(name):
+    layer, x, _, _ = evaluated()
+    for _ in range(10):
+        layer(x)
+        # the second takes the memory that the first left
+        for _ in range(2):
+            getattr(layer, name).data = torch.randn_like(getattr(layer, name).detach())
+        with pytest.warns(UserWarning, match="have changed since they were merged"):
+            layer(x)
+    layer.merge()
+    merged = layer(x)
+    torch.testing.assert_close(layer.train()(x), merged)
+
+
+def test_weights_of_fsdp2_are_not_merged():
+    """Those of its root group are whole between forward and the next one, but not the module's."""
+    layer = fastlora.Linear(8, 6, r=2, init_lora_weights=False)
+    before = layer.weight.clone()
+    layer._is_fsdp_managed_module = True
+    with pytest.warns(UserWarning, match="was not merged: .*FSDP's"):
+        layer.eval()
+    assert torch.equal(layer.weight, before) and not layer.merged
+    with pytest.raises(ValueError, match="FSDP's"):
+        layer.merge()
+
+
+@pytest.mark.parametrize("what", ["weight", "lora_A"])
+@pytest.mark.parametrize(
+    "how", [parametrizations.weight_norm, lambda layer, name: prune.identity(layer, name)]
+)
+def test_a_merge_that_came_before_a_parametrization_is_not_undone(what, how):
+    layer, x, expected, _ = evaluated()
+    how(layer, what)
+    with warnings.catch_warnings():
+        # a pruned factor may be another
+        warnings.simplefilter("ignore")
+        torch.testing.assert_close(layer(x), expected)
+    before = {name: p.clone() for name, p in layer.named_parameters()}
+    for action in (layer.unmerge, layer.train, layer.state_dict):
+        with pytest.raises(MergeError, match=f"was merged before its {what} is computed"):
+            action()
+    assert layer.merged
+    assert all(torch.equal(p, before[name]) for name, p in layer.named_parameters())
+
+
+def test_factors_that_do_not_fit_are_not_merged():
+    for layer in layers():
+        for name, p in layer.lora_parameters().items():
+            for shape in (
+                (p.shape[0] + 1, *p.shape[1:]),
+                (p.shape[0], p.shape[1] + 1, *p.shape[2:]),
+            ):
+                other = copy.deepcopy(layer)
+                setattr(other, name, nn.Parameter(torch.ones(shape)))
+                before = other.weight.clone()
+                with pytest.raises((ValueError, RuntimeError)):
+                    other.merge()
+                assert torch.equal(other.weight, before) and not other.merged

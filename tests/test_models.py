@@ -3,6 +3,8 @@ import os
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import parametrizations
 
 import fastlora
 
@@ -131,3 +133,139 @@ def test_backends():
                 fastlora.use_backend(name),
             ):
                 pass
+
+
+# ---- what counts as a factor, and how it is called
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_checkpointed_modules_are_named_as_in_state_dict(tmp_path, whole):
+    net = model()
+    wrapped = model()
+    if whole:
+        wrapped = checkpoint_wrapper(wrapped)
+    else:
+        wrapped["adapted"] = checkpoint_wrapper(wrapped["adapted"])
+        wrapped["conv"] = checkpoint_wrapper(wrapped["conv"])
+    for p in fastlora.lora_state_dict(wrapped).values():
+        nn.init.normal_(p)
+    fastlora.mark_only_lora_as_trainable(wrapped, "lora_only")
+    assert sum(p.requires_grad for p in wrapped.parameters()) == len(FACTORS) + 2
+    saved = {key: t.clone() for key, t in fastlora.lora_state_dict(wrapped).items()}
+    assert set(saved) == FACTORS == {key for key in wrapped.state_dict() if "lora_" in key}
+    assert not wrapped.load_state_dict(saved, strict=False).unexpected_keys
+    for source, target in ((wrapped, net), (net, wrapped), (wrapped, wrapped)):
+        fastlora.adapters.save(source, tmp_path / "a.safetensors")
+        fastlora.adapters.load(target, tmp_path / "a.safetensors")
+    assert all(torch.equal(t, saved[key]) for key, t in fastlora.lora_state_dict(net).items())
+    other = {key: t + 1 for key, t in saved.items()}
+    wrapped.eval()
+    fastlora.switch(wrapped, other)
+    assert all(torch.equal(t, other[key]) for key, t in fastlora.lora_state_dict(wrapped).items())
+    assert set(fastlora.merged_state_dict(wrapped)) == set(net.state_dict()) - FACTORS
+    exported = fastlora.adapters.export_state_dict(wrapped)
+    assert "conv.conv.weight" in exported and "conv.weight" not in exported
+
+
+class OwnFactors(nn.Linear):
+    """A hand-written layer, as of other libraries."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.lora_A = nn.Parameter(torch.ones(1))
+        self.lora_scales = nn.Parameter(torch.ones(2))
+
+
+def test_factors_of_other_layers_are_factors():
+    net = nn.Sequential(fastlora.Linear(4, 4, r=2), OwnFactors(4, 4))
+    fastlora.mark_only_lora_as_trainable(net)
+    own = {"0.lora_A", "0.lora_B"}
+    expected = {*own, "1.lora_A", "1.lora_scales"}
+    assert {name for name, p in net.named_parameters() if p.requires_grad} == expected
+    saved = fastlora.lora_state_dict(net)
+    assert set(saved) == expected
+    assert set(fastlora.adapters.export_state_dict(net, adapter_only=True)) == expected
+    biases = {"0.bias", "1.bias"}
+    assert set(fastlora.lora_state_dict(net, "lora_only")) == expected | biases
+    fastlora.adapters.load(net, {key: t + 1 for key, t in saved.items()})
+    assert net[1].lora_A == 2
+    with pytest.raises(KeyError, match=r"1\.lora_A: is missing"):
+        fastlora.adapters.load(net, {key: saved[key] for key in own})
+    with pytest.raises(KeyError, match=r"'1', which is no fastlora layer"):
+        fastlora.switch(net, saved)
+
+
+def test_an_embedding_of_loralib_beside_own_layers():
+    loralib = pytest.importorskip("loralib")
+    net = nn.ModuleDict({"table": loralib.Embedding(5, 4, r=2), "own": fastlora.Linear(4, 4, r=2)})
+    fastlora.mark_only_lora_as_trainable(net)
+    found = {name for name, p in net.named_parameters() if p.requires_grad}
+    assert found == set(fastlora.lora_state_dict(net)) == set(loralib.lora_state_dict(net))
+
+
+def test_parametrized_factors_are_factors():
+    net = nn.Sequential(fastlora.Linear(4, 4, r=2, init_lora_weights=False))
+    parametrizations.weight_norm(net[0], "lora_A")
+    fastlora.mark_only_lora_as_trainable(net)
+    saved = {key: t.clone() for key, t in fastlora.lora_state_dict(net).items()}
+    assert set(saved) == {name for name, p in net.named_parameters() if p.requires_grad}
+    assert set(saved) == {
+        "0.lora_B",
+        "0.parametrizations.lora_A.original0",
+        "0.parametrizations.lora_A.original1",
+    }
+    whole = {key: t + 1 for key, t in net.state_dict().items()}
+    fastlora.adapters.load(net, whole)
+    assert torch.equal(net[0].lora_B, whole["0.lora_B"])
+
+
+def test_a_model_without_factors_is_warned_about():
+    net = nn.Sequential(nn.Linear(2, 2))
+    with pytest.warns(UserWarning, match="got a model without factors"):
+        fastlora.mark_only_lora_as_trainable(net, "all")
+    assert [name for name, p in net.named_parameters() if p.requires_grad] == ["0.bias"]
+
+
+# ---- weights that are shared
+
+
+@pytest.mark.parametrize(
+    "tie",
+    [
+        lambda weight: weight,
+        lambda weight: nn.Parameter(weight.data),
+        lambda weight: nn.Parameter(weight.data[2:]),
+        lambda weight: nn.Parameter(weight.data.view(5, 16)[:, 3:]),
+    ],
+)
+def test_weights_that_share_memory_are_never_merged(tie):
+    net = nn.ModuleDict({"emb": nn.Embedding(10, 8), "head": nn.Linear(8, 10, bias=False)})
+    net["head"].weight = tie(net["emb"].weight)
+    before = net["head"].weight.clone()
+    with pytest.warns(UserWarning, match=r"emb: its weight is also head\.weight"):
+        report = fastlora.inject(net, ["emb"], r=2, init_lora_weights=False)
+    assert report.shared == ["emb"]
+    net.eval()
+    assert not net["emb"].merged and torch.equal(net["head"].weight, before)
+
+
+def test_tied_weights_from_a_checkpoint_that_was_assigned():
+    with torch.device("meta"):
+        net = nn.ModuleDict({"emb": nn.Embedding(10, 8), "head": nn.Linear(8, 10, bias=False)})
+        net["head"].weight = net["emb"].weight
+    table = torch.randn(10, 8)
+    net.load_state_dict({"emb.weight": table, "head.weight": table}, assign=True)
+    assert net["head"].weight is not net["emb"].weight
+    with pytest.warns(UserWarning, match="its weight is also"):
+        assert fastlora.inject(net, ["emb"], r=2).shared == ["emb"]
+
+
+def test_parts_of_one_buffer_are_not_shared():
+    buffer = torch.randn(2, 8, 8)
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    for layer, part in zip(net, buffer, strict=True):
+        layer.weight = nn.Parameter(part)
+    assert not fastlora.inject(net, ["0", "1"], r=2).shared
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    assert not fastlora.inject(net, ["0", "1"], r=2).shared

@@ -526,6 +526,11 @@ def adapters(net, alone, path):
         with fastlora.merged(net):
             assert not net[0].merged and torch.equal(net(x), alone(x))
         net.train()
+    # the root group stays whole between a forward and the next
+    root = fully_shard(build())
+    root.eval()(x)
+    root.eval().reshard()
+    assert not root[0].merged and torch.equal(root(x), alone(x))
     for refused in (net[0].merge, net[0].delta_weight):
         try:
             refused()

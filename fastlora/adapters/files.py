@@ -2,6 +2,7 @@
 
 import json
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,16 @@ def save(
 
     Args:
         model: A model with LoRA layers, merged or not.
-        path: The file, which is replaced if it exists; never left half written.
+        path: The file, which is replaced if it exists; never left half written. Of a link, the file
+            that it leads to.
         format: "loralib": the keys of ``lora_state_dict``. The metadata holds each layer's scaling.
         bias: Which biases to save with the factors, as for
             :func:`fastlora.mark_only_lora_as_trainable`.
 
     Raises:
-        ValueError: another format or ``bias``, or a model without LoRA layers.
+        ValueError: another format or ``bias``, a model without LoRA layers, or a ``path`` that is a
+            folder or a device.
+        FileNotFoundError: there is no folder to write to.
     """
     _check_format(format)
     scalings = {name: float(layer.scaling) for name, layer in lora_layers(model)}
@@ -41,14 +45,30 @@ def save(
         raise ValueError("model: got no LoRA layer, expected at least one")
     tensors = {key: whole(t).contiguous() for key, t in lora_state_dict(model, bias).items()}
     metadata = {"format": "pt", "adapter": format, "scaling": json.dumps(scalings)}
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # after what processes do together, which none may leave before the others
+    target = _writable(path)
+    # a process's id is not unique: of threads, and of containers that share a folder
+    temporary = target.with_name(f".fastlora-{uuid.uuid4().hex}")
     try:
-        # save_file would make the file unreadable for others, whatever the umask
-        temporary.write_bytes(serialize(tensors, metadata))
-        os.replace(temporary, path)
+        # save_file and tempfile would make the file unreadable for others, whatever the umask
+        with temporary.open("xb") as file:
+            file.write(serialize(tensors, metadata))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _writable(path: str | os.PathLike[str]) -> Path:
+    """The file that is written for ``path``, which need not be there yet."""
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        kind = "a folder" if target.is_dir() else "a device or the like"
+        raise ValueError(f"path: got {path}, which is {kind}, expected a file")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"path: got {path}, but its folder does not exist")
+    return target
 
 
 def load(
@@ -77,7 +97,7 @@ def load(
         loralib.load_state_dict(model, source, assume_merged=assume_merged)
         return
     path = Path(source)
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"source: no such file: {path}")
     try:
         with safe_open(path, framework="pt") as file:

@@ -9,7 +9,7 @@ from fastlora import merge as merging
 from fastlora.adapters.sharded import placed_like
 from fastlora.layers import ConvLoRA, LoRALayer
 from fastlora.layers.conv import use_plain_names
-from fastlora.models import flag_shared_weights, lora_layers
+from fastlora.models import flag_shared_weights, lora_layers, lora_state_dict, saved_modules
 
 
 def load_state_dict(
@@ -26,14 +26,15 @@ def load_state_dict(
 
     Args:
         model: A model with LoRA layers.
-        state: Tensors by name. Factors of every LoRA layer; anything else is optional.
+        state: Tensors by name. All factors that ``lora_state_dict(model)`` has; anything else is
+            optional.
         assume_merged: The base weights of ``state`` already hold the update, as in a checkpoint
             that loralib saved in eval mode; it is taken out again (to rounding).
 
     Raises:
         KeyError: factors are missing, or there is no place for an entry.
-        ValueError: a shape is wrong, or a weight already holds its update and ``assume_merged`` is
-            not set.
+        ValueError: a shape is wrong, or a weight is this model's own with its update in it, and
+            ``assume_merged`` is not set. Of another base, none can tell whether it holds an update.
         TypeError: an entry is not a tensor.
 
     Whatever is raised, the model is as it was.
@@ -52,12 +53,11 @@ def load_state_dict(
         if t.shape != own[key].shape:
             got, expected = tuple(t.shape), tuple(own[key].shape)
             raise ValueError(f"{key}: got shape {got}, expected {expected}")
+    if missing := [key for key in lora_state_dict(model) if key not in state]:
+        raise KeyError(f"{missing[0]}: is missing from the checkpoint")
     for name, layer in layers.items():
         prefix = f"{name}." if name else ""
-        leaves = list(layer.lora_parameters())
-        if missing := [prefix + leaf for leaf in leaves if prefix + leaf not in state]:
-            raise KeyError(f"{missing[0]}: is missing from the checkpoint")
-        lora = {leaf: state[prefix + leaf] for leaf in leaves}
+        lora = {leaf: state[prefix + leaf] for leaf in layer.lora_parameters()}
         if prefix + "weight" not in state:
             continue
         weight = state[prefix + "weight"]
@@ -105,12 +105,13 @@ def export_state_dict(
                 if conv_names == "0.1.2":
                     del state[prefix + leaf]
     if adapter_only:
-        state = {key: t for key, t in state.items() if key.rpartition(".")[2].startswith("lora_")}
+        factors = lora_state_dict(model).keys()
+        state = {key: t for key, t in state.items() if key in factors}
     return state
 
 
 def _conv_prefixes(model: nn.Module) -> list[str]:
-    modules = model.named_modules(remove_duplicate=False)
+    modules = saved_modules(model, remove_duplicate=False)
     return [f"{name}." if name else "" for name, m in modules if isinstance(m, ConvLoRA)]
 
 

@@ -31,7 +31,8 @@ class Options:
 
     Raises:
         ValueError: a negative rank, a dropout outside [0, 1], an unknown initialisation or backend.
-        TypeError: a rank that is not an int, factors that are not floating-point.
+        TypeError: a rank that is not an int, a dropout that is no number, a ``merge_weights`` that
+            is no bool, factors that are not floating-point.
     """
 
     r: int
@@ -51,9 +52,12 @@ class Options:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        if self.init_lora_weights not in INITS:
-            got, expected = self.init_lora_weights, ", ".join(repr(i) for i in INITS)
-            raise ValueError(f"init_lora_weights: got {got!r}, expected one of {expected}")
+        checks.boolean("merge_weights", self.merge_weights)
+        init = self.init_lora_weights
+        # 0 and 1 equal False and True, but are compared by identity
+        if not isinstance(init, bool | str) or init not in INITS:
+            expected = ", ".join(map(repr, INITS))
+            raise ValueError(f"init_lora_weights: got {init!r}, expected one of {expected}")
         if self.lora_dtype is not None:
             checks.float_dtype("lora_dtype", self.lora_dtype)
         backends.check_name(self.backend)
@@ -91,7 +95,8 @@ class LoRALayer(Mergeable):
         self._merge_record = None
         self._merged_factors = {}
         self._merged_scaling = 0.0
-        self._merged_counters = []
+        self._merged_counters, self._merged_memory = [], []
+        self._told_of_weight = False
 
     def _ask_to_be_called(self) -> None:
         """Keeps torch from computing with ``weight`` and ``bias`` in the place of a call.
@@ -134,6 +139,13 @@ class LoRALayer(Mergeable):
             self.register_parameter(name, nn.Parameter(self.weight.new_zeros(shape, dtype=dtype)))
         self.scaling = self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
         self.weight.requires_grad = False
+
+    @classmethod
+    def _with_sizes_of(cls, kept: dict[str, Any], options: dict[str, Any]) -> Self:
+        """A layer on the meta device, with ``kept`` of a module and ``options`` of the caller."""
+        if taken := sorted(options.keys() & {*kept, *META, "dtype"}):
+            raise TypeError(f"{taken[0]}: got a value, expected none: it is that of the module")
+        return cls(**kept, **options, **META)
 
     def adopt(self, module: nn.Module) -> Self:
         """Takes over the weight, bias and mode of ``module`` and draws factors beside them.

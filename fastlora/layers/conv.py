@@ -10,7 +10,7 @@ from typing_extensions import Self
 from fastlora import autograd, checks, functional
 from fastlora.backends.reference import accumulation_dtype
 from fastlora.blocks import Blocks
-from fastlora.layers.base import META, LoRALayer, Options, active_dropout
+from fastlora.layers.base import LoRALayer, Options, active_dropout
 from fastlora.merge import Term
 
 FACTORIZATIONS = ("loralib", "locon", "tucker")
@@ -124,7 +124,7 @@ class ConvLoRA(LoRALayer, nn.modules.conv._ConvNd):
             )
         names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
         kept = {name: getattr(module, name) for name in (*names, "groups", "padding_mode")}
-        return cls(bias=module.bias is not None, **kept, **options, **META)
+        return cls._with_sizes_of({**kept, "bias": module.bias is not None}, options)
 
     def _factor_shapes(self) -> dict[str, tuple[int, ...]]:
         r, groups, kernel = self.r, self.groups, tuple(self.kernel_size)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from fastlora import functional
-from fastlora.layers.base import META, LoRALayer, Options
+from fastlora.layers.base import LoRALayer, Options
 from fastlora.merge import Term
 
 
@@ -100,7 +100,7 @@ class Embedding(LoRALayer, nn.Embedding):
         names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
         kept = {name: getattr(module, name) for name in names}
         kept |= {"num_embeddings": module.num_embeddings, "embedding_dim": module.embedding_dim}
-        return cls(**kept, **options, **META)
+        return cls._with_sizes_of(kept, options)
 
     def reset_lora_parameters(self) -> None:
         """Draws the factors anew as ``init_lora_weights`` says."""

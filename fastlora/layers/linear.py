@@ -1,15 +1,15 @@
 """``Linear`` with a low-rank update."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from fastlora import functional
+from fastlora import checks, functional
 from fastlora.blocks import Blocks
-from fastlora.layers.base import META, LoRALayer, Options, active_dropout
+from fastlora.layers.base import LoRALayer, Options, active_dropout
 from fastlora.merge import Term
 
 
@@ -43,9 +43,8 @@ class BlockLinear(LoRALayer, nn.Linear):
             )
         first, second = cast(Tensor, module.weight).shape
         sizes = (first, second) if conv1d else (second, first)
-        make: Callable[..., Self] = cls
-        bias = module.bias is not None
-        return make(*sizes, fan_in_fan_out=conv1d, bias=bias, **options, **META)
+        kept = {"in_features": sizes[0], "out_features": sizes[1], "fan_in_fan_out": conv1d}
+        return cls._with_sizes_of({**kept, "bias": module.bias is not None}, options)
 
     def reset_parameters(self) -> None:
         """Draws the base weight like ``nn.Linear``, then the factors."""
@@ -87,16 +86,18 @@ class BlockLinear(LoRALayer, nn.Linear):
         return functional.add_lora_bias(self.bias, lora_bias, self.scaling, self.blocks, dtype)
 
     def _merge_terms(self, weight: Tensor, lora: Mapping[str, Tensor]) -> list[Term]:
+        A, B = lora["lora_A"], lora["lora_B"]
+        checks.block_factors(A, B, self.blocks, self.in_features)
         out_first = weight.t() if self.fan_in_fan_out else weight
         terms = []
-        for g, (A, B) in enumerate(self.blocks.factors(lora["lora_A"], lora["lora_B"])):
+        for g, (A_g, B_g) in enumerate(self.blocks.factors(A, B)):
             # (width, K) of each repeat of the pattern, beside the rows of B that adapt it
             parts = self.blocks.output(out_first.t(), g).permute(1, 2, 0)
-            for part, rows in zip(parts, B.chunk(len(parts)), strict=True):
+            for part, rows in zip(parts, B_g.chunk(len(parts)), strict=True):
                 if self.fan_in_fan_out:
-                    terms.append(Term(part.t(), A.t(), rows.t()))
+                    terms.append(Term(part.t(), A_g.t(), rows.t()))
                 else:
-                    terms.append(Term(part, rows, A))
+                    terms.append(Term(part, rows, A_g))
         return terms
 
     def extra_repr(self) -> str:

@@ -8,6 +8,7 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from typing_extensions import Self
 
 from fastlora import checks
@@ -23,6 +24,10 @@ _HOLDERS: "WeakValueDictionary[int, Mergeable]" = WeakValueDictionary()
 class Mergeable(nn.Module):
     """A layer whose frozen weight can take its low-rank update in and give it back, bit for bit.
 
+    A merged layer notices, and says at the next forward, that its factors or its weight were
+    replaced, or changed as autograd sees it. Edits in place through ``.data``, as in a moving
+    average of the factors, cannot be seen: give such a copy ``merge_weights=False``.
+
     Attributes:
         scaling: Factor of the update.
         merge_weights: Whether ``eval()`` merges and ``train()`` unmerges.
@@ -36,7 +41,9 @@ class Mergeable(nn.Module):
     _merge_record: merging.MergeRecord | None
     _merged_factors: dict[str, int]
     _merged_scaling: float
-    _merged_counters: list[tuple[int, int | None]]
+    _merged_counters: list[tuple[int, int | None, int | None]]
+    _merged_memory: list[StorageWeakRef]
+    _told_of_weight: bool
 
     @property
     def adapted(self) -> bool:
@@ -64,17 +71,23 @@ class Mergeable(nn.Module):
                 "its weight is shared with another module, whose output would change with it; "
                 "untie the weights first"
             )
-        if computed := [n for n in ("weight", "lora_A", "lora_B") if n not in self._parameters]:
+        if computed := self._computed():
             return f"its {computed[0]} is computed from other tensors (pruned or parametrized)"
         if not _is_plain(self.weight):
             kind = "meta tensor" if self.weight.is_meta else type(self.weight.data).__name__
             return f"its weight is a {kind}, which has no memory of its own here"
+        if getattr(self, "_is_fsdp_managed_module", False):
+            return "its weight is FSDP's, which puts its own in the place of a merged one"
         holder = _HOLDERS.get(self.weight.data_ptr())
         if holder is None or holder is self or not holder.merged:
             return None
         if holder.weight.data_ptr() != self.weight.data_ptr():
             return None
         return "its weight now holds the update of another layer, which shares it"
+
+    def _computed(self) -> list[str]:
+        """Which of the tensors of a merge are not parameters, but computed from some."""
+        return [name for name in ("weight", "lora_A", "lora_B") if name not in self._parameters]
 
     def delta_weight(self) -> Tensor:
         """``ΔW``, the update the factors stand for: shape and dtype of the weight.
@@ -119,6 +132,8 @@ class Mergeable(nn.Module):
             MergeError: NaN or Inf in the factors, or overflow; the layer is as it was.
             ValueError: the weight cannot take the update in, as :meth:`why_not_merged` says.
         """
+        if self.merged and not self._holds_update():
+            self.unmerge()
         if not self.adapted or (self.merged and not self._merge_is_stale()):
             return
         if reason := self.why_not_merged():
@@ -132,8 +147,7 @@ class Mergeable(nn.Module):
             MergeError: the weight was edited or replaced while merged; the layer is as it was.
         """
         if self._merge_record is not None:
-            if not _is_plain(self.weight):
-                raise merging.MergeError(f"weight: was merged before {self.why_not_merged()}")
+            self._check_undoing()
             own = self._merge_terms(self.weight.detach(), self.lora_parameters())
             before, self._merged_scaling = self._merged_scaling, PARTLY
             try:
@@ -142,6 +156,11 @@ class Mergeable(nn.Module):
                 self._merged_scaling = before
                 raise
             self._forget_merge()
+
+    def _check_undoing(self) -> None:
+        """Raises MergeError where the weight that was merged is out of reach."""
+        if self._computed() or not _is_plain(self.weight):
+            raise merging.MergeError(f"weight: was merged before {self.why_not_merged()}")
 
     def _forget_merge(self) -> None:
         """What the weight holds now is its own."""
@@ -170,7 +189,7 @@ class Mergeable(nn.Module):
             for name, parameter in own.items():
                 parameter.copy_(factors[name])
         self.scaling = scaling
-        self._merged_counters = self._counters()
+        self._remember()
 
     def check_factors(self, factors: Mapping[str, Tensor]) -> None:
         """Raises KeyError or ValueError unless ``factors`` are this layer's, by name and shape."""
@@ -198,19 +217,44 @@ class Mergeable(nn.Module):
             raise
         self._merged_factors = {name: merging.checksum(t) for name, t in lora.items()}
         self._merged_scaling = scaling
-        self._merged_counters = self._counters()
+        self._remember()
 
-    def _counters(self) -> list[tuple[int, int | None]]:
-        # the identity goes with autograd's counter: a copied or unpickled layer has other counters
-        parameters = self.lora_parameters().values()
-        return [(id(p), None if p.is_inference() else p._version) for p in parameters]
+    def _remember(self) -> None:
+        """Notes which weight and factors are merged, for forward to tell others from them."""
+        self._merged_counters = self._counters()
+        found = map(_storage, (self._parameters.get("weight"), *self.lora_parameters().values()))
+        # a weak reference keeps what is identified by its address from being another's
+        self._merged_memory = [StorageWeakRef(storage) for storage in found if storage is not None]
+
+    def _counters(self) -> list[tuple[int, int | None, int | None]]:
+        own = self._parameters.items()
+        seen = [p for n, p in own if p is not None and (n == "weight" or n.startswith("lora_"))]
+        try:
+            return [(id(p), p._version, p.untyped_storage()._cdata) for p in seen]
+        except RuntimeError:
+            # tensors of inference mode have no counter, those of torch.func no memory
+            return [(id(p), None, _memory(p)) for p in seen]
+
+    def _holds_update(self) -> bool:
+        """Whether a merged layer's weight is what was merged, or a copy of that.
+
+        Not so where it was replaced: ``state_dict()`` gives W0 to those who do that.
+        """
+        # computed, a replica's, traced or transformed: made of the weight that was merged
+        if self._computed() or not _is_plain(self.weight):
+            return True
+        weight = self.weight.detach()
+        if self._merged_memory and _memory(weight) == self._merged_memory[0].cdata:
+            return True
+        assert self._merge_record is not None
+        return self._merge_record.is_held_by(self._merge_terms(weight, self.lora_parameters()))
 
     def _merge_is_stale(self) -> bool:
         """Whether a merged layer's factors or scaling have changed since."""
         return self._merged_scaling != float(self.scaling) or any(
-            merging.checksum(p) != self._merged_factors[name]
+            merging.checksum(p) != self._merged_factors.get(name)
             for name, p in self.lora_parameters().items()
-            if name != "lora_bias"
+            if name != "lora_bias" and _is_plain(p)
         )
 
     def _uses_base_only(self) -> bool:
@@ -219,23 +263,45 @@ class Mergeable(nn.Module):
             return not self.adapted
         if torch.compiler.is_compiling():
             return True
+        changed = self._counters() != self._merged_counters
+        if changed and not self._holds_update():
+            if not self._told_of_weight:
+                self._told_of_weight = True
+                warnings.warn(
+                    f"{type(self).__name__}: its weight is not the one that was merged, and is "
+                    "taken for the base weight, to which the update is added; unmerge() a layer "
+                    "before its weight is replaced or offloaded, or set merge_weights=False",
+                    stacklevel=3,
+                )
+            return False
         if self.training and torch.is_grad_enabled():
             warnings.warn(
                 f"{type(self).__name__}: is merged, so its factors get no gradient; unmerge() to "
                 "train, or use torch.no_grad()",
                 stacklevel=3,
             )
-        counters = self._counters()
         # comparing factors synchronises a GPU: only where they may have changed
-        if counters != self._merged_counters or self._merged_scaling != self.scaling:
+        if changed or self._merged_scaling != self.scaling:
             if self._merge_is_stale():
                 warnings.warn(
                     f"{type(self).__name__}: the factors have changed since they were merged, and "
                     "the output does not show it; call merge() again, or unmerge()",
                     stacklevel=3,
                 )
-            self._merged_counters = counters
+            self._remember()
         return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        # an address means nothing in a copy; whether it is that of the weight does
+        held = [m.cdata for m in self._merged_memory[:1]] == [
+            _memory(self._parameters.get("weight"))
+        ]
+        return {**self.__dict__, "_merged_memory": held, "_merged_counters": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({**state, "_merged_memory": []})
+        if state["_merged_memory"]:
+            self._remember()
 
     def train(self, mode: bool = True) -> Self:
         """Sets training mode; with ``merge_weights``, ``False`` merges and ``True`` unmerges.
@@ -278,7 +344,8 @@ class Mergeable(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._merge_record is not None:
+        if self._merge_record is not None and not self.weight.is_meta:
+            self._check_undoing()
             pristine = self.weight.detach().clone()
             self._merge_record.unmerge(self._merge_terms(pristine, self.lora_parameters()))
             destination[prefix + "weight"] = (
@@ -315,12 +382,15 @@ class Mergeable(nn.Module):
 
     def _checkpoint_problems(self, state_dict: Mapping[str, Any], prefix: str) -> Iterator[str]:
         """Reasons to refuse this layer's part of a checkpoint, found before anything is copied."""
-        own = {**self._parameters, **self._buffers}
+        own, wrong = {**self._parameters, **self._buffers}, False
         for name, t in own.items():
             new = state_dict.get(prefix + name)
             if t is not None and isinstance(new, Tensor) and new.shape != t.shape:
                 got, expected = tuple(new.shape), tuple(t.shape)
+                wrong = True
                 yield f"{prefix}{name}: got shape {got}, expected {expected}; {NOT_LOADED}"
+        if wrong:
+            return
         lora = {name: state_dict[prefix + name] for name in own if prefix + name in state_dict}
         lora = {name: t for name, t in lora.items() if name.startswith("lora_")}
         if missing := sorted(self.lora_parameters().keys() - lora.keys()) if lora else []:
@@ -329,9 +399,7 @@ class Mergeable(nn.Module):
             )
             return
         weight = state_dict.get(prefix + "weight")
-        if weight is None or not lora or weight.shape != self.weight.shape:
-            return
-        if self.looks_merged(weight, lora):
+        if weight is not None and lora and self.looks_merged(weight, lora):
             yield (
                 f"{prefix}weight: already holds the update of {sorted(lora)}, which would count "
                 "twice (loralib saves so in eval mode); load it with fastlora.adapters.load(model, "
@@ -341,7 +409,7 @@ class Mergeable(nn.Module):
     def looks_merged(self, weight: Tensor, lora: Mapping[str, Tensor]) -> bool:
         """Whether ``weight`` is this layer's own base plus the delta of ``lora``."""
         tensors = (self.weight, weight, *lora.values())
-        if not (self.adapted and all(map(_is_plain, tensors))):
+        if not self.adapted or self._computed() or not all(map(_is_plain, tensors)):
             return False
         try:
             base = self.state_dict()["weight"]
@@ -357,4 +425,18 @@ class Mergeable(nn.Module):
 
 def _is_plain(t: Tensor) -> bool:
     """Whether all of it is in memory here: not on the meta device, not distributed, no subclass."""
-    return type(t.data) is Tensor and not t.is_meta
+    return _memory(t) is not None and type(t.data) is Tensor and not t.is_meta
+
+
+def _storage(t: Tensor | None) -> torch.UntypedStorage | None:
+    """The memory of a tensor; None where it is not to be had, as in transforms of torch.func."""
+    try:
+        return None if t is None else t.untyped_storage()
+    except NotImplementedError:
+        return None
+
+
+def _memory(t: Tensor | None) -> int | None:
+    """What tells a tensor's memory from others', wherever it is moved."""
+    storage = _storage(t)
+    return None if storage is None else storage._cdata

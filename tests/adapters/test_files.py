@@ -1,4 +1,6 @@
 import math
+import os
+import threading
 
 import pytest
 import torch
@@ -134,3 +136,55 @@ def test_a_bad_checkpoint_leaves_a_merged_model(which):
     assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
     net.train()
     assert torch.equal(net[0].weight, model()[0].weight)
+
+
+# ---- where it is written to
+
+
+def test_threads_save_to_one_file(tmp_path):
+    net, path, failed = model(), tmp_path / "a.safetensors", []
+
+    def save_often():
+        try:
+            for _ in range(20):
+                adapters.save(net, path)
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=save_often) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and list(tmp_path.iterdir()) == [path]
+    adapters.load(net, path)
+
+
+def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, n=name, f=real: calls.append(n) or f(*a))
+    adapters.save(model(), tmp_path / "a.safetensors")
+    assert calls == ["fsync", "replace"]
+
+
+def test_a_link_is_written_through(tmp_path):
+    (tmp_path / "files").mkdir()
+    link, target = tmp_path / "link", tmp_path / "files" / "a.safetensors"
+    link.symlink_to(target)
+    for seed in (0, 1):
+        adapters.save(model(seed), link)
+        assert link.is_symlink() and target.is_file()
+        adapters.load(model(), target)
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    for path, kind in ((tmp_path, "a folder"), (os.devnull, "a device")):
+        with pytest.raises(ValueError, match=f"path: got {path}, which is {kind}"):
+            adapters.save(model(), path)
+        with pytest.raises(FileNotFoundError, match="no such file"):
+            adapters.load(model(), path)
+    with pytest.raises(FileNotFoundError, match="path: got missing/a, but its folder"):
+        adapters.save(model(), "missing/a")
+    assert not list(tmp_path.iterdir())

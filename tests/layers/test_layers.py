@@ -378,7 +378,7 @@ def test_init_options(kind):
     layer = LAYERS[kind](init_lora_weights="gaussian")
     assert layer.lora_A.any() and not layer.lora_B.any() and not layer.delta_weight().any()
     assert LAYERS[kind](init_lora_weights=False).delta_weight().any()
-    for bad in ("normal", None, 2):
+    for bad in ("normal", None, 2, 0, 1, 1.0):
         with pytest.raises(ValueError, match="init_lora_weights"):
             LAYERS[kind](init_lora_weights=bad)
 
@@ -449,6 +449,16 @@ def test_no_features(K, N, batch, lora_bias, path):
 def test_wrong_dropout(kind, p):
     with pytest.raises(ValueError, match="lora_dropout"):
         LAYERS[kind](lora_dropout=p)
+    for bad in (True, np.bool_(True), "0.1"):
+        with pytest.raises(TypeError, match=r"lora_dropout: got .*, expected a probability"):
+            LAYERS[kind](lora_dropout=bad)
+
+
+@layers
+def test_merge_weights_is_a_bool(kind):
+    for bad in ("no", 1, None):
+        with pytest.raises(TypeError, match=f"merge_weights: got {bad!r}, expected True or False"):
+            LAYERS[kind](merge_weights=bad)
 
 
 @pytest.mark.parametrize(
@@ -466,6 +476,36 @@ def test_wrong_dropout(kind, p):
 def test_wrong_blocks(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         merged_linear(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"enable_lora": "TF"},
+        {"enable_lora": ["True", "False"]},
+        {"enable_lora": [1, 0]},
+        {"enable_lora": True},
+        {"enable_lora": None},
+        {"out_splits": [4.0, 4, 4]},
+        {"out_splits": "444"},
+        {"out_splits": 12},
+        {"interleave": 2.0},
+        {"interleave": True},
+    ],
+)
+def test_blocks_of_a_wrong_type(options):
+    name = next(iter(options))
+    with pytest.raises(TypeError, match=rf"^{name}(\[0\])?: got"):
+        merged_linear(**options)
+    if name == "enable_lora" and options[name] is not None:
+        model = nn.Sequential(nn.Linear(6, 12))
+        with pytest.raises(TypeError, match=r"^enable_lora(\[0\])?: got"):
+            fastlora.inject(model, ["0"], **options)
+
+
+def test_blocks_as_numbers_of_numpy():
+    layer = merged_linear(enable_lora=np.array([True, False]), out_splits=np.array([8, 4]))
+    assert layer.enable_lora == [True, False] and layer.blocks.splits == (8, 4)
 
 
 # ---- edits in place
@@ -577,6 +617,13 @@ def test_from_module_options():
     assert wide.lora_A.dtype == torch.float32
     uneven = convert("merged", nn.Linear(6, 12), out_splits=[6, 2, 4])
     assert uneven.lora_B.shape == (10, 2)
+
+
+@pytest.mark.parametrize("kind", ["linear", "merged", "embedding", "conv2d"])
+def test_from_module_takes_no_option_of_the_module(kind):
+    for name in ("device", "dtype", *(("bias",) if kind != "embedding" else ("padding_idx",))):
+        with pytest.raises(TypeError, match=f"{name}: got a value, expected none"):
+            convert(kind, original(kind), **{name: None})
 
 
 def test_from_module_of_another_kind():
@@ -795,6 +842,18 @@ def test_a_failed_merge_leaves_the_model_in_training(kind):
     assert not model[0].merged and not model[1].merged
     model[1].lora_B.data.copy_(before["1.lora_B"])
     assert_same_bits(model.state_dict(), before)
+
+
+@layers
+@pytest.mark.parametrize("name", ["lora_A", "lora_B"])
+def test_a_checkpoint_of_another_rank_is_refused_by_name(kind, name):
+    layer = build(kind)
+    before = state_of(layer)
+    bad = {k: t + 1 for k, t in before.items()}
+    bad[name] = torch.cat([bad[name]] * 2, 1)
+    with pytest.raises(RuntimeError, match=rf"\t{name}: got shape .*; nothing of this layer was"):
+        layer.load_state_dict(bad)
+    assert_same_bits(layer.state_dict(), before)
 
 
 @layers
