@@ -249,6 +249,13 @@ constexpr int kMantissaBits = 24, kExtraBits = 2;
 // of these, the last is what products are added to
 constexpr int kTerms = 17;
 
+inline double power_of_two(int exponent) {
+  const uint64_t bits = uint64_t(exponent + 1023) << 52;
+  double power;
+  std::memcpy(&power, &bits, sizeof power);
+  return power;
+}
+
 inline float add_truncated(const double (&terms)[kTerms]) {
   double largest = 0, plain = 0;
   for (const double term : terms) {
@@ -258,13 +265,12 @@ inline float add_truncated(const double (&terms)[kTerms]) {
   if (largest == 0 || !std::isfinite(plain)) return float(plain);
   // in units of the last bit that is kept
   const int unit = std::ilogb(largest) - (kMantissaBits - 1) - kExtraBits;
-  const double units = std::ldexp(1., -unit);
+  const double units = power_of_two(-unit);
   int64_t sum = 0;
   for (const double term : terms) sum += int64_t(term * units);
   const int64_t size = std::abs(sum);
-  int cut = 0;
-  while (size >> cut >> kMantissaBits) ++cut;
-  return float(std::ldexp(double(sum < 0 ? -(size >> cut) : size >> cut), unit + cut));
+  const int cut = std::max(0, 64 - kMantissaBits - (size ? __builtin_clzll(size) : 64));
+  return float(double(sum < 0 ? -(size >> cut) : size >> cut) * power_of_two(unit + cut));
 }
 
 template <class T>

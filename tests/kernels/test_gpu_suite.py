@@ -605,10 +605,9 @@ def test_calls_in_processes(tmp_path):
 
 
 def test_what_is_not_done_in_time_is_ended(tmp_path):
-    results, took = in_processes(tmp_path, ["", "hang", "hang", ""], 15)
-    assert isinstance(results[0], int)
-    assert all("TimeoutError" in result for result in results[1:])
-    assert took < 40
+    results, took = in_processes(tmp_path, ["hang", "hang", ""], 5)
+    assert all("TimeoutError" in result for result in results)
+    assert took < 30
 
 
 class Event:
