@@ -605,7 +605,7 @@ void test_blocks() {
     };
     for (const int64_t r : ranks_for(dtypes)) run(40, one, r, kPadded);
     if (dtypes.X == Dtype::f16) continue;
-    for (const int64_t M : {0, 1, 32, 170}) run(M, groups, 8, kDense);
+    for (const int64_t M : {0, 1, 32, 136}) run(M, groups, 8, kDense);
     for (const Pattern* of : {&wide, &odd, &odd_groups, &alternating, &none})
       run(37, *of, 9, kDense);
     for (int layout = 0; layout < kLayouts; ++layout) run(24, groups, 4, layout);
