@@ -102,17 +102,17 @@ $(kernels): $(sources) $(if $(VENV),$(call needs,test) $(call needs,bench))
 	$(py) -m pip install -qq --no-deps --no-build-isolation -e . && touch $@ \
 	|| echo "gpu: goes on with the kernels that there are"
 
-# nine minutes at most: each part has its share, and what fails or hangs takes nothing from the
+# eight minutes at most, after the build: each part has its share, and what fails or hangs takes nothing from the
 # others, since no wrong result is timed; 5: no test found
 gpu: JOBS = 8
 gpu: $(kernels)
 	@$(py) -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "gpu: torch finds no GPU")'
-	@timeout -k 5 30 $(py) -m fastlora doctor; \
-	timeout --foreground -s INT -k 15 170 $(pytest) -q -m gpu --tb=short --maxfail=50 \
+	@timeout -k 5 20 $(py) -m fastlora doctor; \
+	timeout --foreground -s INT -k 15 150 $(pytest) -q -m gpu --tb=short --maxfail=50 \
 	  --timeout=100 --timeout-method=thread --continue-on-collection-errors \
 	  $(if $(JOBS),-n $(JOBS)) $(ARGS); \
-	tests=$$?; timeout -k 5 90 $(py) -m benchmarks.bench_stages --minutes 1.3 $(out); \
-	stages=$$?; timeout -k 5 140 $(py) -m benchmarks.bench_layer --minutes 2.1 $(out); \
+	tests=$$?; timeout -k 5 80 $(py) -m benchmarks.bench_stages --minutes 1.1 $(out); \
+	stages=$$?; timeout -k 5 130 $(py) -m benchmarks.bench_layer --minutes 1.9 $(out); \
 	layers=$$?; timeout -k 5 45 $(py) -m benchmarks.bench_shared --minutes 0.6 --quick --backend native $(out); \
 	shared=$$?; echo "exit status: tests $$tests, stages $$stages, layers $$layers, shared $$shared"; \
 	test $$tests = 0 -o $$tests = 5 && test $$stages$$layers$$shared = 000
